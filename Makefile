@@ -1,0 +1,46 @@
+# `make test` and `make quickstart` need Python 3.11 or newer and pip, nothing else.
+#   make PYTHON=python3.12 ...     another interpreter
+#   make PIP_ARGS="..." ...        further arguments of pip, e.g. an index with CPU builds of torch
+PYTHON ?= python3
+PIP_ARGS ?=
+MODEL ?= glassllm
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv install lint test quickstart clean
+
+help:
+	@echo "make test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV), once; this takes some minutes"
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+venv: $(BIN)/python
+
+install: $(INSTALLED)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py --model $(MODEL)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
