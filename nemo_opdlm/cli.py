@@ -1,0 +1,154 @@
+"""Hydra entry points with the behaviour of NeMo's `hydra_runner`, minus its import of NeMo.
+
+`--help`, `--cfg job` and every configuration error come before NeMo, Megatron or torch are imported.
+"""
+
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+import hydra.version
+
+# Hydra has no public way to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_opdlm.config import Config, full_keys, parse, to_container, unknown_key, validate
+
+T = TypeVar("T")
+
+#: The folder of configurations of a source checkout.
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_PACKAGE = Path(__file__).resolve().parent
+_HYDRA_DEFAULTS = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_HYDRA_VERSION = "1.3"
+_REFUSED_OVERRIDE = re.compile(r"Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
+
+
+def main(
+    config_name: str,
+    schema: type[T] = Config,  # type: ignore[assignment]
+    check: Callable[[T], T] = validate,  # type: ignore[assignment]
+    config_path: str | Path = CONF,
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+    """Decorator: call a function with the checked configuration that the command line composes.
+
+    A mistake of the user, that is a ValueError or OSError raised by this package or by the decorated function itself,
+    ends the program with one line on stderr and exit code 2. With HYDRA_FULL_ERROR=1 in the environment it is a
+    traceback instead.
+
+    Args:
+        config_name: a file of `config_path`, without `.yaml`, whose defaults list starts with `schema`.
+        schema: dataclass of the keys and their defaults.
+        check: checks and corrects what was read.
+        config_path: folder of configurations.
+    """
+
+    def decorator(task: Callable[[T], None]) -> Callable[[], None]:
+        known = tuple(full_keys(schema))
+        own_code = (_PACKAGE, Path(inspect.getfile(task)).resolve())
+
+        @functools.wraps(task)
+        def entry_point() -> None:
+            wanted = os.environ.get(_FULL_ERROR, "0")
+            os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints errors of the composition its own way and exits
+            started = False
+
+            @functools.wraps(task)  # Hydra names the job after this function's file
+            def job(composed: DictConfig) -> None:
+                nonlocal started
+                started = True
+                os.environ[_FULL_ERROR] = wanted
+                try:
+                    task(check(parse(composed, schema)))
+                except (ValueError, OSError) as error:
+                    if wanted == "1" or not _raised_by(error.__traceback__, own_code):
+                        raise
+                    _exit(str(error))
+
+            _register(schema)
+            try:
+                _run(job, config_name, str(config_path))
+            except Exception as error:
+                if started or wanted == "1":
+                    raise
+                _exit(_composition_message(error, known, Path(config_path)))
+
+        return entry_point
+
+    return decorator
+
+
+def compose(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    schema: type = Config,
+    config_path: str | Path = CONF,
+) -> DictConfig:
+    """What the command line `overrides` would compose; `parse` and `validate` make a checked configuration of it."""
+    _register(schema)
+    with hydra.initialize_config_dir(str(Path(config_path).resolve()), version_base=_HYDRA_VERSION):
+        return hydra.compose(config_name, list(overrides))
+
+
+def _run(job: Callable[[DictConfig], None], config_name: str, config_path: str) -> None:
+    parser = get_args_parser()
+    # Intermixed: overrides may stand on both sides of an option.
+    args = parser.parse_intermixed_args()
+    args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
+    hydra.version.setbase(_HYDRA_VERSION)
+    _run_hydra(args, parser, job, config_path, config_name)
+
+
+def _register(schema: type) -> None:
+    """Put the schema's defaults into Hydra's store as plain values, and register the resolvers NeMo users know."""
+    ConfigStore.instance().store(name="schema", node=to_container(schema()))
+    resolvers: dict[str, Callable[..., Any]] = {
+        "multiply": lambda x, y: x * y,
+        "sum": lambda x, y: x + y,
+        "int_div": lambda x, y: x // y,
+        "divide_floor": lambda x, y: x // y,
+        "divide_ceil": lambda x, y: -(-x // y),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _raised_by(trace: TracebackType | None, own_code: tuple[Path, ...]) -> bool:
+    """Whether the innermost frame is ours. The one line of another package's error would not name the culprit."""
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    file = Path(trace.tb_frame.f_code.co_filename).resolve()
+    return any(file == own or own in file.parents for own in own_code)
+
+
+def _composition_message(error: Exception, known: tuple[str, ...], config_path: Path) -> str:
+    text = " ".join(str(error).split()).partition(" Config search path:")[0]
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {text}"
+    refused = _REFUSED_OVERRIDE.match(text)
+    if refused is None:
+        return text
+    key = refused[1]
+    if (config_path / key).is_dir():
+        choices = ", ".join(sorted(file.stem for file in (config_path / key).glob("*.yaml")))
+        return f"{key} is a group of configurations: write +{key}=..., one of {choices}"
+    if key in known:
+        return f"{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
+    return unknown_key(key, known)
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)

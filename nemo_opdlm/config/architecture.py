@@ -1,0 +1,81 @@
+"""What the network is, as opposed to how it is held or trained."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder-only transformer with RMSNorm, SwiGLU and rotary positions, under NeMo's key names.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the SwiGLU layer.
+        num_attention_heads: query heads.
+        vocab_size: rows of the vocabulary before padding for tensor parallelism.
+        max_position_embeddings: longest sequence, in tokens.
+        num_query_groups: key/value heads; None = as many as query heads.
+        kv_channels: size of one head; None = hidden_size / num_attention_heads.
+        layernorm_epsilon: epsilon of every RMSNorm.
+        rotary_base: base of the rotary frequencies.
+        rope_scaling: rotary scaling in the Hugging Face form, or None.
+        qkv_bias: bias on the query, key and value projections.
+        bias: bias on all linear layers.
+        qk_layernorm: RMSNorm on every query and key head.
+        share_embeddings_and_output_weights: the LM head is the embedding.
+        init_method_std: standard deviation of fresh weights.
+
+    Raises:
+        ValueError: from `validate`, at construction.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_query_groups: int = None  # type: ignore[assignment]  # always an int after __post_init__
+    kv_channels: int = None  # type: ignore[assignment]  # always an int after __post_init__
+    layernorm_epsilon: float = 1e-6
+    rotary_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    qkv_bias: bool = False
+    bias: bool = False
+    qk_layernorm: bool = False
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Fill the two derived fields, then `validate`."""
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.kv_channels is None:
+            if self.hidden_size % max(self.num_attention_heads, 1):
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}: give kv_channels"
+                )
+            object.__setattr__(self, "kv_channels", self.hidden_size // max(self.num_attention_heads, 1))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the field and its value, unless the fields describe a network."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name}={value!r} must be a positive integer")
+        for name in ("layernorm_epsilon", "rotary_base", "init_method_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_query_groups={self.num_query_groups} must divide num_attention_heads={self.num_attention_heads}"
+            )
+        if self.kv_channels % 2:
+            raise ValueError(f"kv_channels={self.kv_channels} must be even: rotary positions turn pairs of channels")
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Vocabulary rows after padding to a multiple of the tensor-parallel size."""
+        return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size

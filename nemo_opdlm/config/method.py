@@ -1,0 +1,145 @@
+"""Keys of the method: `model.opdlm`. Its defaults are the published recipe and live here alone."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Divergence = Literal["forward_kl", "reverse_kl", "mixed", "jsd", "nll"]
+TailMode = Literal["tail_bucket", "partial", "renormalize"]
+StateSelection = Literal["one_state_per_block", "all_states", "random_mask"]
+Responses = Literal["student", "teacher", "dataset"]
+NormalizationName = Literal["sequence", "token"]
+BlockGrid = Literal["absolute", "response"]
+AttentionKernel = Literal["auto", "flex", "sdpa", "split"]
+Remasking = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
+
+
+@dataclass(frozen=True)
+class ThresholdScheduleConfig:
+    """Confidence threshold over the rollout steps: hold, then ramp.
+
+    Attributes:
+        type: shape of the ramp; null = the threshold stays at `rollout.threshold`.
+        start: threshold before the ramp; null = `rollout.threshold`.
+        end: threshold after the ramp.
+        hold_steps: rollout steps before the ramp.
+        ramp_steps: rollout steps of the ramp; null = until the end of training.
+    """
+
+    type: Literal["linear", "cos", "sin"] | None = None
+    start: float | None = None
+    end: float = 0.7
+    hold_steps: int = 150
+    ramp_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class MaxNewTokensScheduleConfig:
+    """Rollout-length curriculum, counted in rollout steps from 1.
+
+    Attributes:
+        type: shape of the ramp; null = no curriculum, `rollout.max_new_tokens` from the start.
+        start: length limit at step 0, in tokens.
+        end: length limit after the ramp, in tokens.
+        ramp_steps: rollout steps of the ramp.
+    """
+
+    type: Literal["cos", "linear"] | None = "cos"
+    start: int = 100
+    end: int = 4000
+    ramp_steps: int = 100
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student generates.
+
+    Attributes:
+        num_prompts_per_step: prompts of one rollout step, over all ranks.
+        num_responses_per_prompt: responses to each of them.
+        temperature: of the proposals; 0 = greedy.
+        top_p: nucleus filter of the proposals; 1 = off.
+        top_k: filter of the proposals; 0 = off. (The teacher's support is `opdlm.divergence_top_k`.)
+        denoising_steps: forwards a block may take; null = block_size.
+        remasking: which masked positions a forward reveals.
+        threshold: confidence above which `low_confidence_dynamic` reveals.
+        entropy_bound: running entropy below which `entropy_bounded` reveals, in nats.
+        threshold_schedule: `threshold` over the run, off by default.
+        max_new_tokens: limit on top of the curriculum, in tokens; null = the curriculum alone.
+        max_new_tokens_schedule: rollout-length curriculum.
+        domain_caps: length limits by the prompts' `domain`, in tokens.
+        max_batch_size: sequences denoised together on one data-parallel rank.
+        end_token_ids: ids that end a response; null = the tokenizer's.
+    """
+
+    num_prompts_per_step: int = 128
+    num_responses_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    denoising_steps: int | None = None
+    remasking: Remasking = "low_confidence_dynamic"
+    threshold: float = 0.9
+    entropy_bound: float = 0.35
+    threshold_schedule: ThresholdScheduleConfig = field(default_factory=ThresholdScheduleConfig)
+    max_new_tokens: int | None = None
+    max_new_tokens_schedule: MaxNewTokensScheduleConfig = field(default_factory=MaxNewTokensScheduleConfig)
+    domain_caps: dict[str, int] | None = None
+    max_batch_size: int = 128
+    end_token_ids: tuple[int, ...] | None = None
+
+    @property
+    def num_samples_per_step(self) -> int:
+        """Responses of one rollout step, over all ranks."""
+        return self.num_prompts_per_step * self.num_responses_per_prompt
+
+
+@dataclass(frozen=True)
+class OPDLMConfig:
+    """On-policy distillation of a block-diffusion language model.
+
+    Attributes:
+        block_size: tokens denoised together.
+        block_grid: where blocks start; only `absolute` (counted from the first prompt token) is available.
+        mask_token_id: null = the one stored with the model.
+        divergence: of the student from the teacher, per supervised token; `nll` needs no teacher.
+        reverse_kl_weight: weight of the reverse term of `mixed`.
+        jsd_alpha: weight of the teacher in the mixture of `jsd`.
+        divergence_top_k: teacher tokens the divergence looks at; 0 = the full vocabulary.
+        tail: what happens to the mass outside them.
+        responses: who writes the responses. `student` = on-policy; `teacher` and `dataset` need `random_mask` states.
+        state_selection: which partly masked states of a response are trained.
+        states_per_rollout: states drawn per response, sharing its clean stream.
+        normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
+        exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
+        attention: kernel of the two-stream attention; `auto` chooses by device.
+        max_consecutive_skips: updates without any supervised token in a row before the run stops.
+        rollout: how the student generates.
+    """
+
+    block_size: int = 4
+    block_grid: BlockGrid = "absolute"
+    mask_token_id: int | None = None
+    divergence: Divergence = "forward_kl"
+    reverse_kl_weight: float = 0.5
+    jsd_alpha: float = 0.5
+    divergence_top_k: int = 0
+    tail: TailMode = "tail_bucket"
+    responses: Responses = "student"
+    state_selection: StateSelection = "one_state_per_block"
+    states_per_rollout: int = 1
+    normalization: NormalizationName = "sequence"
+    exclude_end_token: bool = False
+    attention: AttentionKernel = "auto"
+    max_consecutive_skips: int = 10
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    @property
+    def denoising_steps(self) -> int:
+        """Forwards a block may take."""
+        steps = self.rollout.denoising_steps
+        return self.block_size if steps is None else steps
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a training step asks the teacher for anything."""
+        return self.divergence != "nll" or self.responses == "teacher"

@@ -1,0 +1,279 @@
+"""Keys of a run under the names NeMo users know; the one home of their defaults (the method's: `method.py`)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_opdlm.config.exp_manager import ExpManagerConfig
+from nemo_opdlm.config.method import OPDLMConfig
+
+Precision = Literal["32", "bf16", "bf16-mixed", "16-mixed"]
+ChatTemplate = bool | Literal["auto"]
+OptimizerName = Literal[
+    "adamw", "adam", "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim"
+]
+SchedulerName = Literal[
+    "CosineAnnealing",
+    "PolynomialDecayAnnealing",
+    "InverseSquareRootAnnealing",
+    "WarmupHoldPolicy",
+    "WarmupAnnealing",
+]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Keys of Lightning's Trainer.
+
+    Attributes:
+        devices: ranks per node; "auto" or -1 = all that are visible.
+        precision: `32`; `bf16` = bf16 parameters with fp32 master weights; `bf16-mixed` = fp32 parameters under
+            autocast; `16-mixed` = the same in fp16, on GPUs only.
+        logger, enable_checkpointing, use_distributed_sampler: must stay false, exp_manager and the data schedule do it.
+        max_steps: optimizer steps of the whole run; required.
+        max_time: wall-clock limit DD:HH:MM:SS.
+        val_check_interval: optimizer steps between validations, if there is a `model.data.validation_ds.file_path`.
+        accumulate_grad_batches: must stay 1, `model.global_batch_size` decides.
+        gradient_clip_val: global gradient norm; null or 0 = no clipping.
+    """
+
+    devices: int | Literal["auto"] = 1
+    num_nodes: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Precision = "bf16"
+    logger: bool = False
+    enable_checkpointing: bool = False
+    use_distributed_sampler: bool = False
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    max_time: str | None = None
+    log_every_n_steps: int = 10
+    val_check_interval: int | None = 100
+    check_val_every_n_epoch: int | None = None
+    num_sanity_val_steps: int = 0
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    limit_test_batches: int | float | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    benchmark: bool = False
+    deterministic: bool = False
+    detect_anomaly: bool = False
+    enable_model_summary: bool = False
+    enable_progress_bar: bool = True
+    default_root_dir: str | None = None
+
+    @property
+    def world_size(self) -> int | None:
+        """Number of ranks, None where the machine decides (`devices` "auto" or -1)."""
+        if self.devices == "auto" or self.devices == -1:
+            return None
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    """Learning-rate schedule, counted in optimizer steps.
+
+    Attributes:
+        name: NeMo's scheduler.
+        warmup_steps: linear warm-up from 0; 80 = five rollout steps of 16 updates.
+        constant_steps: steps at the full rate between warm-up and decay.
+        min_lr: rate at the end.
+        max_steps: end of the decay; null = `trainer.max_steps`.
+    """
+
+    name: SchedulerName = "CosineAnnealing"
+    warmup_steps: int = 80
+    constant_steps: int = 0
+    min_lr: float = 1e-6
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Megatron's Adam, under NeMo's names; the `distributed` ones shard the optimizer state on GPUs."""
+
+    name: OptimizerName = "adamw"
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    @property
+    def decoupled_weight_decay(self) -> bool:
+        """AdamW rather than Adam."""
+        return self.name != "adam"
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the optimizer state is sharded over data-parallel ranks."""
+        return self.name in ("distributed_fused_adam", "mcore_distributed_optim")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Tokenizer of the run.
+
+    Attributes:
+        library: only Hugging Face tokenizers.
+        type: folder of a tokenizer; null = the one stored with the model.
+        trust_remote_code: run code of the tokenizer's folder.
+    """
+
+    library: Literal["huggingface"] = "huggingface"
+    type: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class PromptFileConfig:
+    """A file of prompts.
+
+    Attributes:
+        file_path: jsonl or parquet, rows `{"prompt": ...}` or `{"messages": [...]}`, optional `domain`.
+        max_prompt_length: longer prompts are dropped, in tokens.
+        truncate_prompt_to: raw text only: keep the first so many tokens of every prompt.
+        chat_template: apply the tokenizer's; "auto" = if it has one.
+        enable_thinking: passed to the chat template.
+        domain_suffixes: text appended to the user turn, by the prompt's `domain`.
+    """
+
+    file_path: str | None = None
+    max_prompt_length: int = 2000
+    truncate_prompt_to: int | None = None
+    chat_template: ChatTemplate = "auto"
+    enable_thinking: bool = False
+    domain_suffixes: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class ValidationFileConfig(PromptFileConfig):
+    """Held-out prompts: the teacher answers, the student denoises randomly masked blocks of the answers.
+
+    Attributes:
+        num_samples: prompts used, the first of the file.
+        response_length: tokens the teacher writes to each.
+    """
+
+    num_samples: int = 32
+    response_length: int = 32
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompt files of the run; without `validation_ds.file_path` there is no validation."""
+
+    train_ds: PromptFileConfig = field(default_factory=PromptFileConfig)
+    validation_ds: ValidationFileConfig = field(default_factory=ValidationFileConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Weights, layout, architecture, precision, memory, data and method of a run.
+
+    Attributes:
+        restore_from_path: the AR model, or a trained student to continue: a `.nemo` file; required.
+        kd_teacher_restore_from_path: the teacher; null = the weights of `restore_from_path`.
+        seed: key of all randomness of the run.
+        micro_batch_size: sequences of one forward and backward pass on one data-parallel rank.
+        global_batch_size: sequences of one update.
+        num_layers ... init_method_std: see `Architecture`; null = as stored with the weights.
+        fp8 ... num_layers_at_end_in_bf16: Transformer Engine's FP8, under NeMo's names.
+        activations_checkpoint_*: recomputation of activations, under NeMo's names.
+        mcore_customization_config: further fields of Megatron's TransformerConfig.
+    """
+
+    restore_from_path: str | None = None
+    kd_teacher_restore_from_path: str | None = None
+    seed: int = 1234
+
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    max_position_embeddings: int | None = None
+    layernorm_epsilon: float | None = None
+    rotary_base: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    qkv_bias: bool | None = None
+    bias: bool | None = None
+    qk_layernorm: bool | None = None
+    share_embeddings_and_output_weights: bool | None = None
+    vocab_size: int | None = None
+    init_method_std: float | None = None
+
+    transformer_engine: bool = False
+    fp8: bool = False
+    fp8_e4m3: bool = False
+    fp8_hybrid: bool = False
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    fp8_margin: int = 0
+    fp8_interval: int = 1
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    fp8_params: bool = False
+    fp8_wgrad: bool = True
+    tp_only_amax_red: bool = False
+    first_last_layers_bf16: bool = False
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
+
+    activations_checkpoint_granularity: Literal["selective", "full"] | None = None
+    activations_checkpoint_method: Literal["uniform", "block"] | None = None
+    activations_checkpoint_num_layers: int | None = None
+    mcore_customization_config: dict[str, Any] = field(default_factory=dict)
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    opdlm: OPDLMConfig = field(default_factory=OPDLMConfig)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the network."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def teacher_path(self) -> str | None:
+        """Where the teacher's weights come from."""
+        return self.kd_teacher_restore_from_path or self.restore_from_path
+
+    @property
+    def fp8_format(self) -> Literal["e4m3", "hybrid"] | None:
+        """Megatron's `fp8` field, None without FP8."""
+        if not self.fp8:
+            return None
+        return "e4m3" if self.fp8_e4m3 else "hybrid"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Attributes:
+        name: of the experiment, and of its folder unless `exp_manager.name` is given.
+        trainer: Lightning's Trainer.
+        exp_manager: NeMo's experiment manager.
+        model: the model and everything about its training.
+    """
+
+    name: str = "opdlm"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on the responses of one rollout step."""
+        return self.model.opdlm.rollout.num_samples_per_step // self.model.global_batch_size

@@ -1,0 +1,360 @@
+"""Checks across keys. Every refusal is one line that names the key, its value and the rule."""
+
+import ast
+import difflib
+import importlib.util
+import logging
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from nemo_opdlm.config.architecture import Architecture
+from nemo_opdlm.config.reader import to_container
+from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, RANGES
+from nemo_opdlm.config.schema import Config
+
+_logger = logging.getLogger(__name__)
+
+
+def validate(config: Config, *, check_files: bool = True) -> Config:
+    """Check a configuration before any model is built, and return it with the corrections that are logged.
+
+    Args:
+        config: as read by `parse`.
+        check_files: whether paths must exist.
+
+    Raises:
+        ValueError: a value is out of range, not available, or contradicts another.
+        FileNotFoundError: a path does not exist.
+    """
+    check_apex()
+    for key, (accepts, rule) in RANGES.items():
+        value = _get(config, key)
+        if value is not None and not accepts(value):
+            raise ValueError(f"{key}={to_container(value)!r} must be {rule}")
+    for key, (only, why) in FIXED.items():
+        if _get(config, key) != only:
+            raise ValueError(f"{key}={_get(config, key)!r} must be {only!r}: {why}")
+    for key, choice, instead in NOT_AVAILABLE:
+        if _get(config, key) == choice:
+            raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
+    for check in (_method, _rollout, _batch, _layout, _optim, _precision, _fp8, _recomputation, _exp_manager, _data):
+        check(config)
+    if check_files:
+        _files(config)
+    return _corrected(config)
+
+
+def validate_architecture(config: Config, arch: Architecture) -> None:
+    """Check a configuration against the network it will train, once its architecture is known.
+
+    Raises:
+        ValueError: the layout does not divide the network, a token id lies outside its vocabulary, a sequence would not
+            fit, or an architecture key of the configuration contradicts the network.
+    """
+    model, opdlm = config.model, config.model.opdlm
+    for name, value in vars(arch).items():
+        wanted = getattr(model, name)
+        if wanted is not None and wanted != value:
+            raise ValueError(f"model.{name}={wanted!r} contradicts {value!r} of {model.restore_from_path}")
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    _divides(arch.num_layers, "model.pipeline_model_parallel_size", pp, "num_layers")
+    _divides(arch.num_attention_heads, "model.tensor_model_parallel_size", tp, "num_attention_heads")
+    _divides(arch.num_query_groups, "model.tensor_model_parallel_size", tp, "num_query_groups")
+    _divides(arch.ffn_hidden_size, "model.tensor_model_parallel_size", tp, "ffn_hidden_size")
+    for key, token_id in (
+        ("model.opdlm.mask_token_id", opdlm.mask_token_id),
+        ("model.opdlm.rollout.end_token_ids", max(opdlm.rollout.end_token_ids or (), default=None)),
+    ):
+        if token_id is not None and token_id >= arch.vocab_size:
+            raise ValueError(f"{key}={token_id} lies outside the vocabulary of {arch.vocab_size} tokens")
+    if opdlm.divergence_top_k > arch.vocab_size:
+        raise ValueError(
+            f"model.opdlm.divergence_top_k={opdlm.divergence_top_k} exceeds the vocabulary of {arch.vocab_size} tokens"
+        )
+    _context_length(config, arch.max_position_embeddings)
+
+
+def check_apex() -> None:
+    """Refuse PyPI's `apex`, a web toolkit that shares NVIDIA Apex's name and breaks the imports of NeMo and Megatron.
+
+    Raises:
+        ValueError: an `apex` without NVIDIA's parts is installed.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None or importlib.util.find_spec("amp_C") is not None:
+        return
+    if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in spec.submodule_search_locations or ()):
+        raise ValueError("the `apex` on PyPI is not NVIDIA Apex: pip uninstall apex")
+
+
+def _get(config: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _divides(total: int, key: str, parts: int, name: str) -> None:
+    if total % parts:
+        raise ValueError(f"{key}={parts} must divide {name}={total}")
+
+
+def _method(config: Config) -> None:
+    opdlm = config.model.opdlm
+    if opdlm.divergence == "nll" and opdlm.divergence_top_k:
+        raise ValueError(
+            f"model.opdlm.divergence_top_k={opdlm.divergence_top_k} contradicts divergence='nll', which looks at no "
+            "teacher; set divergence_top_k=0"
+        )
+    if opdlm.tail != "tail_bucket" and not opdlm.divergence_top_k:
+        raise ValueError(
+            f"model.opdlm.tail={opdlm.tail!r} contradicts divergence_top_k=0: the full vocabulary has no tail"
+        )
+    if opdlm.tail == "partial" and opdlm.divergence in ("reverse_kl", "mixed"):
+        _logger.warning(
+            "model.opdlm.tail='partial' with divergence=%r does not have the teacher as its optimum: probability leaks "
+            "out of the teacher's top tokens at no cost. Use tail='tail_bucket'.",
+            opdlm.divergence,
+        )
+    if opdlm.responses != "student" and opdlm.state_selection != "random_mask":
+        raise ValueError(
+            f"model.opdlm.state_selection={opdlm.state_selection!r} contradicts responses={opdlm.responses!r}: only "
+            "the student's own responses have denoising states; use 'random_mask'"
+        )
+    if opdlm.state_selection == "all_states" and opdlm.states_per_rollout != 1:
+        raise ValueError(
+            f"model.opdlm.states_per_rollout={opdlm.states_per_rollout} contradicts state_selection='all_states', "
+            "which takes every state; set states_per_rollout=1"
+        )
+    if opdlm.divergence == "nll" and opdlm.responses == "student":
+        _logger.warning("model.opdlm.divergence='nll' on responses='student' learns nothing from the teacher.")
+
+
+def _rollout(config: Config) -> None:
+    opdlm, rollout = config.model.opdlm, config.model.opdlm.rollout
+    if not 1 <= opdlm.denoising_steps <= opdlm.block_size:
+        raise ValueError(
+            f"model.opdlm.rollout.denoising_steps={rollout.denoising_steps} must be from 1 to "
+            f"block_size={opdlm.block_size}: every forward reveals at least one token of a block"
+        )
+    schedule = rollout.max_new_tokens_schedule
+    if schedule.type is None and rollout.max_new_tokens is None:
+        raise ValueError(
+            "model.opdlm.rollout.max_new_tokens=None must be given where max_new_tokens_schedule.type is null"
+        )
+    if schedule.type is not None and schedule.end < schedule.start:
+        raise ValueError(
+            f"model.opdlm.rollout.max_new_tokens_schedule.end={schedule.end} must be at least start={schedule.start}"
+        )
+
+
+def _batch(config: Config) -> None:
+    model, rollout = config.model, config.model.opdlm.rollout
+    world = config.trainer.world_size
+    ranks = 1 if world is None else world // model.model_parallel_size
+    if world is not None and world % model.model_parallel_size:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes} = {world} ranks "
+            f"must be a multiple of model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} x "
+            f"context_parallel_size={model.context_parallel_size}"
+        )
+    if model.global_batch_size % (model.micro_batch_size * ranks):
+        raise ValueError(
+            f"model.global_batch_size={model.global_batch_size} must be a multiple of "
+            f"micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks"
+        )
+    if rollout.num_samples_per_step % model.global_batch_size:
+        raise ValueError(
+            f"model.opdlm.rollout.num_prompts_per_step={rollout.num_prompts_per_step} x "
+            f"num_responses_per_prompt={rollout.num_responses_per_prompt} = {rollout.num_samples_per_step} responses "
+            f"must be a multiple of model.global_batch_size={model.global_batch_size}"
+        )
+
+
+def _transformer_fields(extra: dict[str, Any]) -> None:
+    known = _transformer_config_fields() if extra else set()
+    for name in extra:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"model.mcore_customization_config.{name}={extra[name]!r} is not a field of Megatron's "
+                f"TransformerConfig{hint}"
+            )
+
+
+def _transformer_config_fields() -> set[str]:
+    """Read off the source: importing Megatron takes seconds."""
+    spec = importlib.util.find_spec("megatron")
+    assert spec is not None and spec.submodule_search_locations is not None
+    core = next(Path(folder, "core") for folder in spec.submodule_search_locations if Path(folder, "core").is_dir())
+    bodies = [
+        node.body
+        for file in (core / "model_parallel_config.py", core / "transformer" / "transformer_config.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name in ("ModelParallelConfig", "TransformerConfig")
+    ]
+    return {
+        item.target.id
+        for body in bodies
+        for item in body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+def _layout(config: Config) -> None:
+    model = config.model
+    _transformer_fields(model.mcore_customization_config)
+    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    if vpp is not None and (vpp < 1 or pp == 1):
+        raise ValueError(
+            f"model.virtual_pipeline_model_parallel_size={vpp} must be null or at least 1 with "
+            f"pipeline_model_parallel_size={pp} above 1"
+        )
+    if model.num_layers is not None and model.num_layers % (pp * (vpp or 1)):
+        raise ValueError(
+            f"model.num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pp}"
+            + (f" x virtual_pipeline_model_parallel_size={vpp}" if vpp else "")
+        )
+
+
+def _optim(config: Config) -> None:
+    optim, sched = config.model.optim, config.model.optim.sched
+    if config.trainer.max_steps is None:
+        raise ValueError("trainer.max_steps=None must be given: the number of optimizer steps of the run")
+    if sched.min_lr > optim.lr:
+        raise ValueError(f"model.optim.sched.min_lr={sched.min_lr} must be at most model.optim.lr={optim.lr}")
+    horizon = config.trainer.max_steps if sched.max_steps is None else sched.max_steps
+    if sched.warmup_steps >= horizon:
+        name = "trainer.max_steps" if sched.max_steps is None else "model.optim.sched.max_steps"
+        raise ValueError(
+            f"model.optim.sched.warmup_steps={sched.warmup_steps} must be below {name}={horizon}: "
+            "otherwise the learning rate never reaches model.optim.lr"
+        )
+
+
+def _precision(config: Config) -> None:
+    if config.trainer.precision == "16-mixed" and _runs_on_cpu(config):
+        raise ValueError("trainer.precision='16-mixed' needs a GPU; use '32', 'bf16' or 'bf16-mixed' on a CPU")
+
+
+def _fp8(config: Config) -> None:
+    model = config.model
+    if not model.fp8:
+        return
+    if model.fp8_e4m3 == model.fp8_hybrid:
+        raise ValueError(
+            f"model.fp8=True needs one of model.fp8_e4m3={model.fp8_e4m3} and model.fp8_hybrid={model.fp8_hybrid}"
+        )
+    if model.fp8_recipe == "mxfp8" and not model.fp8_e4m3:
+        raise ValueError("model.fp8_recipe='mxfp8' needs model.fp8_e4m3=True")
+    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
+        raise ValueError("model.first_last_layers_bf16=True contradicts model.fp8_recipe='delayed'; use 'tensorwise'")
+    if importlib.util.find_spec("transformer_engine") is None or _runs_on_cpu(config):
+        raise ValueError("model.fp8=True needs transformer-engine and a Hopper-or-newer GPU; found none")
+    if not model.transformer_engine:
+        raise ValueError("model.fp8=True needs model.transformer_engine=True: Megatron's own layers ignore FP8")
+
+
+def _recomputation(config: Config) -> None:
+    model, prefix = config.model, "model.activations_checkpoint_"
+    granularity, method = model.activations_checkpoint_granularity, model.activations_checkpoint_method
+    layers = model.activations_checkpoint_num_layers
+    if granularity == "full" and (method is None or layers is None):
+        missing = "method" if method is None else "num_layers"
+        raise ValueError(f"{prefix}granularity='full' needs {prefix}{missing}")
+    if granularity != "full" and (method is not None or layers is not None):
+        extra, value = ("method", method) if method is not None else ("num_layers", layers)
+        raise ValueError(f"{prefix}{extra}={value!r} needs {prefix}granularity='full'")
+
+
+def _exp_manager(config: Config) -> None:
+    manager, key = config.exp_manager, "exp_manager.checkpoint_callback_params"
+    params = manager.checkpoint_callback_params
+    if params.monitor is None:
+        raise ValueError(f"{key}.monitor=None must name a logged metric, e.g. 'val_loss' or 'reduced_train_loss'")
+    if params.always_save_nemo and config.model.model_parallel_size > 1:
+        raise ValueError(
+            f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1"
+        )
+    intervals = {
+        name: getattr(params, name)
+        for name in ("every_n_epochs", "every_n_train_steps", "train_time_interval")
+        if getattr(params, name) is not None
+    }
+    if len(intervals) > 1:
+        given = ", ".join(f"{key}.{name}={value!r}" for name, value in intervals.items())
+        raise ValueError(f"only one of {given} may be given")
+
+
+def _data(config: Config) -> None:
+    if config.model.data.train_ds.file_path is None:
+        raise ValueError("model.data.train_ds.file_path=None must be given: a jsonl or parquet file of prompts")
+    for name in ("train_ds", "validation_ds"):
+        prompts, key = getattr(config.model.data, name), f"model.data.{name}"
+        cut, longest = prompts.truncate_prompt_to, prompts.max_prompt_length
+        if cut is not None and not 1 <= cut <= longest:
+            raise ValueError(f"{key}.truncate_prompt_to={cut} must be from 1 to max_prompt_length={longest}")
+        if cut is not None and (prompts.chat_template is True or prompts.domain_suffixes):
+            raise ValueError(f"{key}.truncate_prompt_to={cut} would cut off the chat template's end or a domain suffix")
+    if config.model.max_position_embeddings is not None:
+        _context_length(config, config.model.max_position_embeddings)
+
+
+def _context_length(config: Config, available: int) -> None:
+    validation = config.model.data.validation_ds
+    # Training responses are cut where the context ends; a prompt must leave room for one block.
+    for name, prompts, response in (
+        ("train_ds", config.model.data.train_ds, config.model.opdlm.block_size),
+        ("validation_ds", validation, validation.response_length),
+    ):
+        longest = prompts.truncate_prompt_to or prompts.max_prompt_length
+        if prompts.file_path is not None and longest + response > available:
+            raise ValueError(
+                f"model.data.{name}.max_prompt_length={longest} and a response of {response} tokens do not fit "
+                f"max_position_embeddings={available}, the model's context"
+            )
+
+
+def _files(config: Config) -> None:
+    model = config.model
+    if model.restore_from_path is None:
+        raise ValueError(
+            "model.restore_from_path=None must be given: a .nemo file, made by examples/convert_hf_to_nemo.py"
+        )
+    for key in ("model.restore_from_path", "model.kd_teacher_restore_from_path", "model.tokenizer.type"):
+        _exists(config, key)
+    for key in ("model.data.train_ds.file_path", "model.data.validation_ds.file_path"):
+        _exists(config, key)
+        path = _get(config, key)
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{key}={path!r} must be a file, not a folder")
+    _exists(config, "exp_manager.resume_from_checkpoint")
+
+
+def _exists(config: Config, key: str) -> None:
+    path = _get(config, key)
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"{key}={path!r} does not exist")
+
+
+def _corrected(config: Config) -> Config:
+    model, manager = config.model, config.exp_manager
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        _logger.info("model.sequence_parallel is switched off: it needs tensor_model_parallel_size above 1.")
+        config = replace(config, model=replace(model, sequence_parallel=False))
+    params = manager.checkpoint_callback_params
+    if params.monitor == "val_loss" and model.data.validation_ds.file_path is None:
+        _logger.info("exp_manager monitors reduced_train_loss: without model.data.validation_ds there is no val_loss.")
+        params = replace(params, monitor="reduced_train_loss")
+        config = replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
+    return config
+
+
+def _runs_on_cpu(config: Config) -> bool:
+    """Asked last, and only where it matters: importing torch takes longer than everything else here."""
+    if config.trainer.accelerator != "auto":
+        return config.trainer.accelerator == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()

@@ -1,0 +1,13 @@
+"""Settings of every test: offline, quiet, and one thread per process, as the parallel tests start several."""
+
+import os
+
+# Before anything imports torch or transformers.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}.items():
+    os.environ.setdefault(name, value)
