@@ -1,0 +1,1 @@
+"""What the student is taught: divergences, their targets, the normalisation of the loss, and curricula."""
