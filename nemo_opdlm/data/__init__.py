@@ -1,0 +1,1 @@
+"""Prompts: reading them, turning them into token ids, and deciding which rollout step uses which."""

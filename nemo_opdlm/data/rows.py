@@ -1,0 +1,142 @@
+"""Prompt files as validated rows: jsonl and parquet, no tokenizer involved.
+
+Every error is one line and names the culprit (file, line or row, key): all of them are raised at set-up, before a model
+is built.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPT_KEYS = ("prompt", "messages", "question")
+ROLES = ("system", "user", "assistant")
+_EXTENSIONS = (".jsonl", ".parquet")
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a prompt file.
+
+    Exactly one of `text` (a single user text) and `messages` (a conversation that ends with a user turn) is set.
+    `where` is `file:line` of a jsonl row, `file:row N` of a parquet row; both count from 1.
+    """
+
+    where: str
+    row_id: str
+    text: str | None
+    messages: tuple[Message, ...] | None
+    domain: str | None
+
+    def conversation(self, suffix: str = "") -> list[Message]:
+        """The row as chat turns, `suffix` appended to the last user turn. No system message is ever added."""
+        turns = [dict(turn) for turn in self.messages or ({"role": "user", "content": self.text or ""},)]
+        turns[-1]["content"] += suffix
+        return turns
+
+
+def read_rows(path: str | Path) -> list[PromptRow]:
+    """Read and validate every row of a prompt file.
+
+    Rows hold `prompt` (text), `question` (text, as in the published OPDLM set) or `messages` (a list of
+    {role, content}), and optionally `domain` and `id`. Other columns are ignored; an absent value may be null.
+
+    Raises FileNotFoundError for a missing file, ValueError for anything malformed or an empty file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    if path.is_dir() or path.suffix not in _EXTENSIONS:
+        kind = "is a folder" if path.is_dir() else f"has the extension {path.suffix!r}"
+        raise ValueError(f"prompt file {path} {kind}; expected a file ending in {' or '.join(_EXTENSIONS)}")
+    objects = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    rows = [_parse_row(where, number, fields) for where, number, fields in objects]
+    if not rows:
+        raise ValueError(f"prompt file {path} holds no rows")
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
+    # Bytes, not text: a decoding error must name its line, and only "\n" may end one (str.splitlines has eight others).
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    yield where, number, json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: invalid JSON, {error.msg} at column {error.colno}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, int, Any]]:
+    from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        file = parquet.ParquetFile(path)
+        wanted = {*PROMPT_KEYS, "domain", "id"}
+        columns = [name for name in file.schema_arrow.names if name in wanted]
+        if not wanted.intersection(PROMPT_KEYS).intersection(columns):
+            raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {file.schema_arrow.names}")
+        number = 0
+        for batch in file.iter_batches(columns=columns):
+            for fields in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", number, fields
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{where}: a row must be a JSON object, got {type(fields).__name__}")
+    present = [key for key in PROMPT_KEYS if fields.get(key) is not None]
+    if len(present) != 1:
+        found = f"{present}" if present else f"none of them among its keys {list(fields)}"
+        raise ValueError(f"{where}: a row needs exactly one of {list(PROMPT_KEYS)}, found {found}")
+    key = present[0]
+    domain = fields.get("domain")
+    if domain is not None and not isinstance(domain, str):
+        raise ValueError(f"{where}: 'domain' must be a string, got {type(domain).__name__}")
+    row_id = fields.get("id")
+    if row_id is not None and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
+        raise ValueError(f"{where}: 'id' must be a string or an integer, got {type(row_id).__name__}")
+    return PromptRow(
+        where=where,
+        row_id=str(number if row_id is None else row_id),
+        text=None if key == "messages" else _parse_text(where, key, fields[key]),
+        messages=_parse_messages(where, fields[key]) if key == "messages" else None,
+        domain=domain,
+    )
+
+
+def _parse_text(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{where}: {key!r} is empty")
+    return value
+
+
+def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: 'messages' must be a non-empty list of {{'role', 'content'}} objects")
+    turns: list[Message] = []
+    for index, turn in enumerate(value):
+        name = f"messages[{index}]"
+        # Other keys (tool calls, images, reasoning) would change the prompt: better refused than dropped silently.
+        keys = sorted(key for key, entry in turn.items() if entry is not None) if isinstance(turn, Mapping) else None
+        if keys != ["content", "role"]:
+            found = type(turn).__name__ if keys is None else f"keys {keys}"
+            raise ValueError(f"{where}: {name} must be an object with exactly 'role' and 'content', got {found}")
+        if turn["role"] not in ROLES:
+            raise ValueError(f"{where}: {name} has role {turn['role']!r}; allowed: {', '.join(ROLES)}")
+        turns.append({"role": turn["role"], "content": _parse_text(where, f"{name}.content", turn["content"])})
+    if turns[-1]["role"] != "user":
+        raise ValueError(f"{where}: the last of 'messages' must be a user turn, got {turns[-1]['role']!r}")
+    return tuple(turns)

@@ -1,0 +1,119 @@
+"""Reading prompt files: what is accepted, and that every bad row is refused by name."""
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from nemo_opdlm.data.rows import read_rows
+
+USER = {"role": "user", "content": "hello"}
+
+
+def test_prompt_question_and_messages_rows_are_read(write_jsonl):
+    path = write_jsonl(
+        [
+            {"prompt": "a", "domain": "chat", "id": 7},
+            {"question": "b", "ground_truth_answer": "4", "domain": "math", "source": "s"},
+            "",
+            {"messages": [USER, {"role": "assistant", "content": "hi"}, USER], "id": "x"},
+        ]
+    )
+    rows = read_rows(path)
+    assert [row.text for row in rows] == ["a", "b", None]
+    assert [row.domain for row in rows] == ["chat", "math", None]
+    assert [row.row_id for row in rows] == ["7", "2", "x"]
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:2", f"{path}:4"]
+    assert [turn["role"] for turn in rows[2].conversation()] == ["user", "assistant", "user"]
+
+
+def test_conversation_appends_the_suffix_to_the_last_user_turn_only(write_jsonl):
+    first, second = read_rows(write_jsonl([{"prompt": "a"}, {"messages": [USER, USER]}]))
+    assert first.conversation("!") == [{"role": "user", "content": "a!"}]
+    assert [turn["content"] for turn in second.conversation("!")] == ["hello", "hello!"]
+    assert [turn["content"] for turn in second.conversation()] == ["hello", "hello"], "the row itself is unchanged"
+
+
+def test_only_a_newline_ends_a_row_and_a_byte_order_mark_is_ignored(tmp_path):
+    path = tmp_path / "p.jsonl"
+    text = "one\u2028two\x85three"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\r\n")
+    assert [row.text for row in read_rows(path)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "a"', "invalid JSON"),
+        ("[1, 2]", "must be a JSON object, got list"),
+        ({"text": "a"}, "needs exactly one of .*none of them among its keys .'text'"),
+        ({"prompt": None}, "needs exactly one of"),
+        ({"prompt": "a", "messages": [USER]}, r"found \['prompt', 'messages'\]"),
+        ({"prompt": 3}, "'prompt' must be a string, got int"),
+        ({"prompt": [USER]}, "'prompt' must be a string, got list"),
+        ({"question": ""}, "'question' is empty"),
+        ({"prompt": " \n"}, "'prompt' is empty"),
+        ({"prompt": "a", "domain": 3}, "'domain' must be a string, got int"),
+        ({"prompt": "a", "id": 1.5}, "'id' must be a string or an integer, got float"),
+        ({"messages": []}, "'messages' must be a non-empty list"),
+        ({"messages": USER}, "'messages' must be a non-empty list"),
+        ({"messages": ["hello"]}, r"messages\[0\] must be an object .* got str"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] must be an object .* got keys \['role'\]"),
+        ({"messages": [USER | {"tool_calls": [1]}]}, r"messages\[0\] .* got keys \['content', 'role', 'tool_calls'\]"),
+        ({"messages": [USER | {"role": "tool"}]}, r"messages\[0\] has role 'tool'; allowed: system, user, assistant"),
+        ({"messages": [USER | {"content": 1}]}, r"'messages\[0\].content' must be a string, got int"),
+        ({"messages": [USER, {"role": "assistant", "content": "hi"}]}, "must be a user turn, got 'assistant'"),
+    ],
+)
+def test_a_malformed_row_is_refused_with_file_and_line(write_jsonl, row, message):
+    path = write_jsonl([{"prompt": "fine"}, row])
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: not UTF-8"):
+        read_rows(path)
+
+
+def test_missing_empty_and_unknown_files_are_refused(tmp_path, write_jsonl):
+    with pytest.raises(FileNotFoundError, match=r"prompt file .*nowhere\.jsonl does not exist"):
+        read_rows(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_rows(write_jsonl(["", "  "]))
+    with pytest.raises(ValueError, match=r"has the extension '\.txt'; expected a file ending in \.jsonl or \.parquet"):
+        read_rows(write_jsonl([{"prompt": "a"}], name="prompts.txt"))
+    with pytest.raises(ValueError, match="is a folder"):
+        read_rows(tmp_path)
+
+
+def test_parquet_rows_equal_jsonl_rows(tmp_path, write_jsonl):
+    objects = [
+        {"prompt": "a", "messages": None, "domain": "chat"},
+        {"prompt": None, "messages": [USER | {"name": None}], "domain": None},
+    ]
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(objects), path)
+    from_parquet, from_jsonl = read_rows(path), read_rows(write_jsonl(objects))
+    assert [(r.text, r.messages, r.domain, r.row_id) for r in from_parquet] == [
+        (r.text, r.messages, r.domain, r.row_id) for r in from_jsonl
+    ]
+    assert from_parquet[1].where == f"{path}:row 2"
+
+
+def test_broken_parquet_files_are_refused(tmp_path):
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    with pytest.raises(ValueError, match=r"no column is one of prompt, messages, question; found \['text'\]"):
+        read_rows(path)
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match=r"p\.parquet: not a readable parquet file"):
+        read_rows(path)
+    parquet.write_table(pyarrow.table({"prompt": [1, 2]}), path)
+    with pytest.raises(ValueError, match="row 1: 'prompt' must be a string, got int"):
+        read_rows(path)
