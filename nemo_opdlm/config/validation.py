@@ -41,6 +41,7 @@ def validate(config: Config, *, check_files: bool = True) -> Config:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
     for check in (_method, _rollout, _batch, _layout, _optim, _precision, _fp8, _recomputation, _exp_manager, _data):
         check(config)
+    _one_rank(config)
     if check_files:
         _files(config)
     return _corrected(config)
@@ -87,6 +88,14 @@ def check_apex() -> None:
         return
     if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in spec.submodule_search_locations or ()):
         raise ValueError("the `apex` on PyPI is not NVIDIA Apex: pip uninstall apex")
+
+
+def _one_rank(config: Config) -> None:
+    if config.trainer.world_size not in (None, 1):
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: training on "
+            "several ranks is not available yet; use 1 x 1"
+        )
 
 
 def _get(config: Config, key: str) -> Any:

@@ -444,8 +444,6 @@ def test_derived_fields_and_vocabulary_padding() -> None:
         ({"model.opdlm.rollout.end_token_ids": [5, 200000]}, "model.opdlm.rollout.end_token_ids=200000"),
         ({"model.opdlm.divergence_top_k": 200000}, "model.opdlm.divergence_top_k=200000"),
         ({"model.data.train_ds.max_prompt_length": 40958}, "max_position_embeddings=40960"),
-        ({"trainer.devices": 3, "model.pipeline_model_parallel_size": 3}, "=3 must divide num_layers=28"),
-        ({"trainer.devices": 16, "model.tensor_model_parallel_size": 16}, "=16 must divide num_query_groups=8"),
     ],
 )
 def test_a_configuration_must_fit_its_architecture(
@@ -455,6 +453,24 @@ def test_a_configuration_must_fit_its_architecture(
     with pytest.raises(ValueError, match=re.escape(expected)):
         validate_architecture(config, QWEN3_0_6B)
     validate_architecture(checked(files), QWEN3_0_6B)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"pipeline_model_parallel_size": 3}, "=3 must divide num_layers=28"),
+        ({"tensor_model_parallel_size": 16}, "=16 must divide num_query_groups=8"),
+    ],
+)
+def test_a_layout_must_divide_its_architecture(files: dict[str, str], layout: dict[str, int], expected: str) -> None:
+    config = checked(files)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        validate_architecture(replace(config, model=replace(config.model, **layout)), QWEN3_0_6B)
+
+
+def test_several_ranks_are_refused_by_name(files: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="trainer.devices=2 x trainer.num_nodes=1"):
+        checked(files, **{"trainer.devices": 2})
 
 
 # --- packages -------------------------------------------------------------------------------------------------------
