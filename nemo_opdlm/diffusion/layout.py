@@ -1,0 +1,148 @@
+"""The row ``[prompt | clean | state copy 1 | .. | state copy c]``: the only file that knows where its tokens stand.
+
+Everything else lives on the canvas ``[B, L]`` of absolute positions. With r = P mod b and p = P - r, a state copy
+covers positions p .. p + n - 1: it opens with its own copy of the r prompt tokens that share the first response block,
+because at inference those attend to the masks of their block, so that their keys differ from state to state.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.diffusion.masks import CLEAN_STREAM, PADDING_DOCUMENT, TokenAttributes
+from nemo_opdlm.diffusion.state_selection import DenoisingState
+from nemo_opdlm.diffusion.trajectory import Trajectory
+
+
+class SupervisedIndex(NamedTuple):
+    """Where the M supervised tokens of a batch stand, int64 ``[M]`` each, in row-major order of the rows.
+
+    ``hidden[row, column]`` gathers from two-stream rows ``[B, N]``, ``x[row, copy, position]`` from a canvas
+    ``[B, C, L]``, and the teacher's target is that of ``(row, position)``.
+    """
+
+    row: Tensor
+    column: Tensor
+    copy: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Index arithmetic of two-stream rows on the absolute block grid.
+
+    Attributes:
+        prompt_len: P, int64 ``[B]``.
+        response_len: R, int64 ``[B]``.
+        num_states: c, state copies of each row, int64 ``[B]``; 0 leaves ``[prompt | clean]``.
+        block_size: b.
+    """
+
+    prompt_len: Tensor
+    response_len: Tensor
+    num_states: Tensor
+    block_size: int
+
+    @property
+    def remainder(self) -> Tensor:
+        """r = P mod b, prompt tokens in the first response block."""
+        return self.prompt_len % self.block_size
+
+    @property
+    def prefix_len(self) -> Tensor:
+        """p = P - r, prompt tokens in whole blocks."""
+        return self.prompt_len - self.remainder
+
+    @property
+    def stream_len(self) -> Tensor:
+        """n = b * ceil((r + R) / b), tokens of one state copy."""
+        return self.block_size * (-(-(self.remainder + self.response_len) // self.block_size))
+
+    @property
+    def row_len(self) -> Tensor:
+        """N = p + n + c * n."""
+        return self.prefix_len + self.stream_len * (1 + self.num_states)
+
+    def attributes(self, width: int | None = None) -> TokenAttributes:
+        """Attributes ``[B, width]`` of every token; ``width`` defaults to the longest row. The document is the row."""
+        streams, positions, is_token = self._columns(width)
+        rows = torch.arange(streams.shape[0], device=streams.device)[:, None].expand_as(streams)
+        documents = rows.masked_fill(~is_token, PADDING_DOCUMENT)
+        return TokenAttributes(documents, streams, positions, positions // self.block_size)
+
+    def gather(self, clean: Tensor, states: Tensor, width: int | None = None) -> Tensor:
+        """Lay out canvases ``[B, L]`` and ``[B, C, L]`` of any type as rows ``[B, width]``; padding gets 0."""
+        streams, positions, is_token = self._columns(width)
+        canvases = torch.cat([clean[:, None], states], 1)
+        columns = canvases.flatten(1).gather(1, streams * canvases.shape[-1] + positions)
+        return columns.masked_fill(~is_token, 0)
+
+    def _columns(self, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Stream, absolute position and existence of every column, each ``[B, width]``; 0, 0 and False in padding."""
+        row_len = self.row_len[:, None]
+        width = int(row_len.max()) if width is None else width
+        column = torch.arange(width, device=row_len.device).expand(row_len.shape[0], -1)
+        prefix, stream = self.prefix_len[:, None], self.stream_len[:, None]
+        # Column p + s * n + o holds offset o of stream s: the clean stream is the copy number 0 behind the prefix.
+        behind_prefix = (column - prefix).clamp(min=0)
+        streams = behind_prefix // stream
+        positions = torch.where(column < prefix, column, prefix + behind_prefix % stream)
+        is_token = column < row_len
+        return streams * is_token, positions * is_token, is_token
+
+
+@dataclass(frozen=True)
+class TwoStreamRows:
+    """What the student reads in training, and where it is judged.
+
+    Attributes:
+        token_ids: int64 ``[B, N]``, 0 in padding.
+        attributes: of each token, ``[B, N]``.
+        loss_mask: bool ``[B, N]``, supervised state positions.
+    """
+
+    token_ids: Tensor
+    attributes: TokenAttributes
+    loss_mask: Tensor
+
+    @property
+    def copy_ids(self) -> Tensor:
+        """State copy of each token from 0, int64 ``[B, N]``; -1 for prompt, clean and padding tokens."""
+        return self.attributes.stream_ids - 1
+
+    @property
+    def supervised_index(self) -> SupervisedIndex:
+        """Rows, columns, copies and absolute positions of the supervised tokens."""
+        row, column = self.loss_mask.nonzero(as_tuple=True)
+        return SupervisedIndex(row, column, self.copy_ids[row, column], self.attributes.position_ids[row, column])
+
+
+def two_stream_rows(trajectory: Trajectory, states: DenoisingState, width: int | None = None) -> TwoStreamRows:
+    """Rows ``[prompt | clean | state x c]`` of a batch; ``width`` pads them further than the longest row."""
+    layout = BlockLayout(trajectory.prompt_len, trajectory.response_len, states.num_states, trajectory.block_size)
+    width = int(layout.row_len.max()) if width is None else width
+    clean_has_no_loss = torch.zeros_like(trajectory.token_ids, dtype=torch.bool)
+    return TwoStreamRows(
+        layout.gather(trajectory.token_ids, states.state_ids, width),
+        layout.attributes(width),
+        layout.gather(clean_has_no_loss, states.loss_mask, width),
+    )
+
+
+def clean_rows(trajectory: Trajectory, width: int | None = None) -> tuple[Tensor, TokenAttributes]:
+    """``[prompt | response]`` for a causal pass: ids ``[B, Nc]`` (0 in padding) and attributes; column = position.
+
+    The rest of the final block is left out: no target comes from it.
+    """
+    total = (trajectory.prompt_len + trajectory.response_len)[:, None]
+    width = int(total.max()) if width is None else width
+    positions = torch.arange(width, device=total.device).expand(total.shape[0], -1)
+    is_token = positions < total
+    rows = torch.arange(total.shape[0], device=total.device)[:, None].expand_as(positions)
+    positions = positions * is_token
+    token_ids = trajectory.token_ids.gather(1, positions).masked_fill(~is_token, 0)
+    documents = rows.masked_fill(~is_token, PADDING_DOCUMENT)
+    streams = torch.full_like(positions, CLEAN_STREAM)
+    return token_ids, TokenAttributes(documents, streams, positions, positions // trajectory.block_size)
