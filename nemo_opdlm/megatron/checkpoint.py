@@ -1,0 +1,219 @@
+"""Megatron's distributed checkpoints (`torch_dist`): any layout saves, any layout loads, nothing in them is executed.
+
+The format and the sharding are those of `megatron.core.dist_checkpointing`. Its `save` and `load` themselves are not
+called: the first starts helper processes that import the running script again, the second unpickles what it finds.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from nemo_opdlm.megatron.atomic_folder import on_every_rank, on_rank_zero, replacing
+from nemo_opdlm.megatron.safe_metadata import COMMON, CONFIG, check, is_extra_state, load_common
+
+logger = logging.getLogger(__name__)
+
+
+def save_sharded(directory: str | Path, sharded_state_dict: ShardedStateDict) -> None:
+    """Write a distributed checkpoint as the folder `directory`; every rank calls this.
+
+    A checkpoint that is there already stays untouched until the new one is whole.
+
+    Raises:
+        FileExistsError: `directory` is neither a checkpoint nor empty.
+        OSError: it cannot be written to, or the disk is full.
+    """
+    with replacing(directory) as staging:
+        write_sharded(staging, sharded_state_dict)
+
+
+def write_sharded(directory: Path, sharded_state_dict: ShardedStateDict) -> None:
+    """Write a distributed checkpoint into an empty folder; every rank calls this.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    structure, _ = extract_matching_values(sharded_state_dict, lambda _: True)
+    sharded, common = save_preprocess(structure)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    try:
+        save(mcore_to_pyt_state_dict(by_key), storage_writer=_Writer(directory), planner=planner)
+        on_rank_zero(lambda: _write_plain_files(directory, common))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _first_cause(error)
+        raise OSError(f"cannot write the checkpoint in {directory.parent}: {_one_line(cause)}") from error
+
+
+def load_sharded(
+    directory: str | Path,
+    sharded_state_dict: ShardedStateDict,
+    *,
+    strict: bool = True,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
+    """Load a distributed checkpoint of any layout into the layout of `sharded_state_dict`; every rank calls this.
+
+    Tensors are read into the storage that `sharded_state_dict` refers to, and returned as well. Plain values are
+    returned for its top-level keys. `_extra_state` is never read: every one is returned as None.
+
+    Args:
+        directory: the checkpoint.
+        sharded_state_dict: what to load, as Megatron's `sharded_state_dict()` gives it.
+        strict: refuse a checkpoint with further tensors of the same parts (`model.`, `optimizer.`).
+        vocab_size: true rows of the vocabulary. Embedding and head may then have been padded to another number of rows;
+            without it they must have exactly the model's.
+
+    Raises:
+        ValueError: the checkpoint is refused, damaged or of another model; one line that names file or tensor.
+    """
+    directory = Path(directory)
+    metadata = on_every_rank(lambda: check(directory))
+    request = dict_list_map_outplace(_without_extra_state, sharded_state_dict)
+    # As Megatron's own load: quantized parameters are filled from high precision, their scaling history stays untouched.
+    force_all_tensors_to_non_fp8(request)
+    wanted, local_values, factories = load_preprocess(request)
+    wanted, _ = extract_sharded_base(wanted)
+    on_every_rank(lambda: _compare(directory, metadata, wanted, vocab_size))
+    _report_unused(directory, metadata, wanted, strict)
+
+    common = load_common(directory, metadata)
+    state: dict[str, Any] = {key: value for key, value in common.items() if key in sharded_state_dict}
+    merge(state, local_values)
+    merge(state, _read_tensors(directory, metadata, wanted))
+    return apply_factory_merges(state, factories)  # type: ignore[no-any-return]
+
+
+class _Writer(FileSystemWriter):
+    """Leaves the path of the checkpoint, which means nothing elsewhere, out of its index."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+class _CheckedReader(FileSystemReader):
+    """Uses the index that was checked instead of unpickling the file again."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _TensorPlanner(MCoreLoadPlanner):  # type: ignore[misc]
+    """Loads tensors only."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise AssertionError(f"byte entry {read_item.dest_index.fqn!r} was requested")
+
+
+def _write_plain_files(directory: Path, common: dict[str, Any]) -> None:
+    torch.save(common, directory / COMMON)
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (directory / CONFIG).write_text(json.dumps({**config, "common_backend": "torch", "common_backend_version": 1}))
+
+
+def _without_extra_state(value: Any) -> Any:
+    if not isinstance(value, ShardedObject):
+        return value
+    assert is_extra_state(value.key), f"{value.key}: checkpoints hold tensors and plain values, no sharded objects"
+    return LocalNonpersistentObject(None)
+
+
+def _read_tensors(directory: Path, metadata: Metadata, wanted: ShardedStateDict) -> dict[str, Any]:
+    tensors = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
+    by_key, structure, names = _replace_state_dict_keys_with_sharded_keys(wanted)
+    state = mcore_to_pyt_state_dict(by_key, is_loading=True)
+    planner = _TensorPlanner(
+        shapes_validation_sharded_tensors=[tensor for tensor in tensors if not tensor.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+        flatten_state_dict=False,
+    )
+    try:
+        load(state, storage_reader=_CheckedReader(directory, metadata), planner=planner)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{directory} is damaged: {_one_line(_first_cause(error))}") from error
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+    nested = _replace_sharded_keys_with_state_dict_keys(loaded, structure, names)
+    _restore_dict_types(nested, wanted)
+    return nested  # type: ignore[no-any-return]
+
+
+def _compare(directory: Path, metadata: Metadata, wanted: ShardedStateDict, vocab_size: int | None) -> None:
+    """Check that every wanted tensor is there in its size. (Megatron zero-fills an embedding that is too short.)"""
+    tensors = {value.key: value for value in nested_values(wanted) if isinstance(value, ShardedTensor)}
+    entries = metadata.state_dict_metadata.items()
+    stored = {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+    missing = [key for key in tensors if key not in stored]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} tensors that the model needs, such as {missing[0]}")
+    for key, tensor in tensors.items():
+        has, needs = stored[key], tuple(tensor.global_shape)
+        may_be_padded = tensor.allow_shape_mismatch and has[1:] == needs[1:]
+        if has != needs and not (may_be_padded and vocab_size is not None and has[0] >= vocab_size):
+            raise ValueError(f"{directory}: {key} has shape {list(has)}, the model needs {list(needs)}")
+
+
+def _report_unused(directory: Path, metadata: Metadata, wanted: ShardedStateDict, strict: bool) -> None:
+    mine = {value.key for value in nested_values(wanted) if isinstance(value, ShardedTensor)}
+    requests: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(requests, mine)
+    used = set().union(*requests)
+    parts = {key.split(".")[0] for key in used}
+    entries = metadata.state_dict_metadata.items()
+    tensors = [key for key, entry in entries if isinstance(entry, TensorStorageMetadata)]
+    unused = [key for key in tensors if key not in used and key.split(".")[0] in parts]
+    if not unused:
+        return
+    problem = f"{directory} holds {len(unused)} tensors that the model has no place for, such as {unused[0]}"
+    if strict:
+        raise ValueError(problem)
+    logger.warning(problem)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""Runs Megatron-core unmodified on CPU and Gloo: the one place that redirects its requests for CUDA.
+
+Megatron-core asks for CUDA by name in its schedules, gradient buffers, optimizers and checkpoints. On a machine without a GPU the
+redirect below answers each such request with the CPU. It is installed once per process and never where a GPU is present.
+"""
+
+import contextlib
+import warnings
+from typing import Any
+
+import megatron.core
+import torch
+from packaging.version import Version
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+#: The versions whose CUDA requests are known to be covered; each is checked by ``tests/unit/megatron/test_cpu.py``.
+TESTED = (Version("0.16.1"), Version("0.20"))
+
+_active_mode: "CudaRequestsOnCpu | None" = None
+
+
+def _asks_for_cuda(device: Any) -> bool:
+    if isinstance(device, bool) or device is None:
+        return False
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+class CudaRequestsOnCpu(TorchFunctionMode):
+    """Answers ``device="cuda"`` with the CPU and names CPU tensor types as Megatron's optimizer expects them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Dispatch one torch call with its CUDA requests redirected."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer and clipping compare type strings with "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _asks_for_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """A CUDA stream where there is none: Megatron-core >= 0.19 orders its gradient reductions by streams."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def wants_cpu() -> bool:
+    """Whether Megatron has to run without a GPU."""
+    return not torch.cuda.is_available()
+
+
+def run_megatron_on_cpu() -> None:
+    """Install the redirect for this process if there is no GPU; calling it again does nothing.
+
+    Raises:
+        RuntimeError: the installed megatron-core lies outside the range that the redirect was checked with.
+    """
+    global _active_mode
+    if _active_mode is not None or not wants_cpu():
+        return
+    version = Version(megatron.core.__version__)
+    if not TESTED[0] <= version < TESTED[1]:
+        raise RuntimeError(f"megatron-core {version} on CPU is untested: install megatron-core>={TESTED[0]},<{TESTED[1]}.")
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    # Activation recomputation saves and restores CUDA's generator. Dropout is 0 here, so there is nothing to restore.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.zeros(1, dtype=torch.uint8)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*", module="megatron")
+    _active_mode = CudaRequestsOnCpu()
+    _active_mode.__enter__()
+
+
+def remove_redirect() -> None:
+    """Leave the tensor redirect again (the tests show with it that nothing but the redirect makes Megatron run)."""
+    global _active_mode
+    if _active_mode is not None:
+        _active_mode.__exit__(None, None, None)
+        _active_mode = None

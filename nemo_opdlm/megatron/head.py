@@ -1,0 +1,95 @@
+"""The LM head on the rows that need it, in chunks: no tensor grows with the vocabulary times the sequence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
+from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.vocab import LocalVocab, VocabReducer
+
+#: Logits alive at a time: few enough on a CPU that they stay near its caches, 512 rows of Qwen3's vocabulary on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 512 * 151_936}
+
+
+class LMHead:
+    """Logits of gathered hidden rows, fp32, with the vocabulary's padding rows at -inf.
+
+    Args:
+        model: the network whose head is read in place.
+    """
+
+    def __init__(self, model: HiddenStatesGPT) -> None:
+        self.model = model
+        self.vocab: VocabReducer = LocalVocab()
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of logits to hold at a time."""
+        weight = self.model.head_weight()
+        return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.model.pg_collection.tp)
+        logits = F.linear(hidden, self.model.head_weight()).float()
+        num_real = self.model.arch.vocab_size - self.vocab.start
+        if num_real < logits.shape[-1]:
+            is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
+            logits = logits.masked_fill(is_padding, float("-inf"))
+        return logits
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Per supervised token: its divergence (with gradient) and whether student and target agree on the best token."""
+
+    divergence: Tensor
+    agrees: Tensor
+
+
+def _best_token(target: Target) -> Tensor:
+    """The target's most likely token of each row, ``[T]``."""
+    if isinstance(target, FullTarget):
+        return target.logits.argmax(-1)
+    return target.token_ids[:, 0] if isinstance(target, TopKTarget) else target.token_ids
+
+
+def token_losses(
+    head: LMHead, hidden: Tensor, target_of: Callable[[int, int], Target], spec: DivergenceSpec
+) -> TokenLosses:
+    """Divergence of ``hidden [T, hidden]`` from its targets, one chunk of logits at a time.
+
+    Backward recomputes each chunk's logits, so that nothing of size ``[T, V]`` outlives its chunk.
+
+    Args:
+        head: the student's head.
+        hidden: gathered rows at supervised positions.
+        target_of: (start, stop) -> the targets of those rows.
+        spec: divergence, support and tail.
+    """
+
+    def chunk_losses(rows: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        target = target_of(start, start + rows.shape[0])
+        logits = head.logits(rows)
+        divergence = token_divergence(logits, target, spec, head.vocab)
+        return divergence, _best_token(target) == logits.detach().argmax(-1)
+
+    parts = []
+    for start in range(0, hidden.shape[0], head.chunk_rows):
+        rows = hidden[start : start + head.chunk_rows]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(chunk_losses, rows, start, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(chunk_losses(rows, start))
+    if not parts:
+        # Keeps the graph connected where a micro-batch has no supervised token, so that its backward pass still runs.
+        empty = hidden.float().sum(-1)
+        return TokenLosses(empty, torch.zeros_like(empty, dtype=torch.bool))
+    divergence, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLosses(divergence, agrees)

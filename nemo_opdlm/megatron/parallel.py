@@ -1,0 +1,118 @@
+"""The parallel groups of one process: created here, passed explicitly to whoever needs them."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_opdlm.megatron.cpu import run_megatron_on_cpu, wants_cpu
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands in the Megatron layout.
+
+    Attributes:
+        groups: Megatron's process groups (tp, pp, cp, dp, embd ...).
+        tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size, cp_rank, cp_size: coordinates on each axis.
+        device: where this process keeps its tensors.
+    """
+
+    groups: ProcessGroupCollection
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process embeds tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process owns the LM head."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def _init_process_group(timeout_minutes: float) -> None:
+    """Join the launcher's process group, or make a group of one over a file store: never a fixed port."""
+    backend = "gloo" if wants_cpu() else "nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    handle, path = tempfile.mkstemp(prefix="nemo_opdlm_store_")
+    os.close(handle)
+    dist.init_process_group(backend, store=dist.FileStore(path, 1), rank=0, world_size=1, timeout=timeout)
+
+
+def initialize(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    seed: int = 1234,
+    timeout_minutes: float = 30,
+) -> ParallelContext:
+    """Join the process group and build Megatron's groups; a second call with the same layout returns the same groups.
+
+    Raises:
+        ValueError: the world size is no multiple of TP x PP x CP, or Megatron already runs with another layout.
+    """
+    run_megatron_on_cpu()
+    if not dist.is_initialized():
+        _init_process_group(timeout_minutes)
+    wanted = (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size)
+    model_size = wanted[0] * wanted[1] * wanted[2]
+    if dist.get_world_size() % model_size:
+        raise ValueError(
+            f"{dist.get_world_size()} processes cannot hold tensor_model_parallel_size={wanted[0]} x "
+            f"pipeline_model_parallel_size={wanted[1]} x context_parallel_size={wanted[2]} = {model_size}: "
+            f"start a multiple of {model_size}."
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=wanted[0],
+            pipeline_model_parallel_size=wanted[1],
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            context_parallel_size=wanted[2],
+        )
+    if wants_cpu():
+        # The tracker's fork is a no-op on CPU: dropout must be 0, which the schema enforces.
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    context = _context()
+    if (context.tp_size, context.pp_size, context.cp_size) != wanted:
+        raise ValueError(
+            f"Megatron already runs with (TP, PP, CP) = {(context.tp_size, context.pp_size, context.cp_size)}; "
+            f"{wanted} needs a new process."
+        )
+    return context
+
+
+def _context() -> ParallelContext:
+    return ParallelContext(
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        device=torch.device("cpu") if wants_cpu() else torch.device("cuda", torch.cuda.current_device()),
+    )

@@ -1,0 +1,275 @@
+"""Reads the index of a distributed checkpoint without executing anything in it.
+
+A `torch_dist` checkpoint is described by a pickle (`.metadata`), keeps further pickles beside its tensors (byte
+entries) and a third kind in `common.pt`; torch and Megatron unpickle the first two without restriction. Here
+`.metadata` is unpickled into inert records by an allow-list and rebuilt from their checked values, byte entries are
+refused but for those Megatron itself writes, and `common.pt` is read weights-only.
+"""
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any, Never
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+CONFIG = "metadata.json"
+#: Byte entry in which Megatron-core >= 0.19 keeps what older versions write to `common.pt`.
+COMMON_ENTRY = "common_state/shard_0_1"
+
+
+class _Record:
+    """Stands in for a class named in `.metadata`: it keeps what it is given and can do nothing."""
+
+    def __new__(cls, *args: Any) -> "_Record":
+        record = super().__new__(cls)
+        record.args, record.state = args, None
+        return record
+
+    def __init__(self, *args: Any) -> None:
+        self.args: tuple[Any, ...]
+        self.state: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __hash__(self) -> int:
+        # MetadataIndex is a dictionary key: a hash of the state cannot be had while it is being unpickled.
+        return id(self)
+
+
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_PLANNER_MODULE = "torch.distributed.checkpoint.planner"
+_MEGATRON_MODULE = "megatron.core.dist_checkpointing.strategies.torch"
+_NAMES = {
+    _METADATA_MODULE: "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    # torch notes where it saved.
+    "pathlib": "PosixPath WindowsPath PurePosixPath PureWindowsPath",
+    "pathlib._local": "PosixPath WindowsPath PurePosixPath PureWindowsPath",
+    # Megatron adds every rank's writing plan, which loading does not need.
+    _PLANNER_MODULE: "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    _MEGATRON_MODULE: "MCoreMetadata MCoreSavePlan",
+}
+_STAND_INS = {(module, name): type(name, (_Record,), {}) for module, names in _NAMES.items() for name in names.split()}
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in _STAND_INS:
+            return _STAND_INS[module_name, global_name]
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
+        raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}, which no checkpoint index needs")
+
+
+def check(directory: str | Path) -> Metadata:
+    """Make sure that a distributed checkpoint is whole and that loading it executes nothing.
+
+    Returns:
+        Its index, rebuilt from checked values: the only one to load it by.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    directory = Path(directory)
+    _check_config(directory)
+    metadata = read_metadata(directory)
+    load_common(directory, metadata)
+    return metadata
+
+
+def read_metadata(directory: str | Path) -> Metadata:
+    """Read `.metadata`, and make sure that every entry lies within a file beside it.
+
+    Raises:
+        ValueError: it is missing, damaged, refers to anything but checkpoint metadata, or holds foreign byte entries.
+    """
+    path = Path(directory) / METADATA
+    try:
+        with path.open("rb") as stream:
+            record = _AllowListUnpickler(stream).load()
+    except FileNotFoundError:
+        _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
+    except pickle.UnpicklingError as error:
+        _refuse(path, f"is refused: {error}")
+    except Exception as error:  # damaged pickles raise nearly anything
+        _refuse(path, f"is damaged ({type(error).__name__}: {_first_line(error)})")
+    try:
+        entries = _fields(record, "Metadata", "MCoreMetadata")
+        tensors = {_text(key): _entry(value) for key, value in entries["state_dict_metadata"].items()}
+        storage = dict(_stored(index, info) for index, info in (entries["storage_data"] or {}).items())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _refuse(path, f"is damaged ({_first_line(error)})")
+    _check_byte_entries(path, tensors, storage)
+    _check_files(path, tensors, storage)
+    return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage)
+
+
+def load_common(directory: str | Path, metadata: Metadata) -> dict[str, Any]:
+    """Load what a checkpoint holds besides sharded tensors: plain containers, numbers and small tensors.
+
+    Raises:
+        ValueError: it is missing, damaged or would need more than plain data.
+    """
+    directory = Path(directory)
+    path = directory / COMMON
+    info = metadata.storage_data.get(MetadataIndex(COMMON_ENTRY))
+    if path.is_file():
+        source: Any = path
+    elif info is not None:
+        path = directory / info.relative_path
+        with path.open("rb") as stream:
+            stream.seek(info.offset)
+            source = io.BytesIO(stream.read(info.length))
+    else:
+        _refuse(path, "is missing")
+    try:
+        # Explicit, because the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes the default.
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        _refuse(path, f"is refused: it holds more than plain data ({_weights_only_reason(error)})")
+    except Exception as error:
+        _refuse(path, f"is damaged ({type(error).__name__}: {_first_line(error)})")
+    loaded = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+    if not isinstance(loaded, dict):
+        _refuse(path, f"is damaged (it holds a {type(loaded).__name__} instead of a dictionary)")
+    return loaded
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a byte entry is a module's `_extra_state` (Transformer Engine's; `None` for every other module)."""
+    return key.split("/shard_")[0].endswith("_extra_state")
+
+
+def _check_config(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such checkpoint folder")
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
+    except ValueError as error:
+        _refuse(path, f"is damaged ({_first_line(error)})")
+    backend = config.get("sharded_backend") if isinstance(config, dict) else None
+    if backend == "zarr":
+        _refuse(path, "says zarr: this format left Megatron-core long ago; convert with a NeMo container of its time")
+    if backend != "torch_dist" or config.get("sharded_backend_version", 1) != 1:
+        _refuse(path, f"names the unknown format {backend!r}; torch_dist version 1 can be read")
+
+
+def _check_byte_entries(path: Path, tensors: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
+    allowed = {key for key, entry in tensors.items() if not isinstance(entry, BytesStorageMetadata)}
+    foreign = [key for key in tensors if key not in allowed and key != COMMON_ENTRY and not is_extra_state(key)]
+    if foreign:
+        _refuse(path, f"is refused: {foreign[0]!r} is a pickled object; only tensors and _extra_state are loaded")
+    unknown = [index.fqn for index in storage if index.fqn not in tensors]
+    if unknown:
+        _refuse(path, f"is damaged ({unknown[0]!r} is stored but not described)")
+
+
+def _check_files(path: Path, tensors: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
+    sizes: dict[str, int] = {}
+    for info in storage.values():
+        name = info.relative_path
+        if Path(name).name != name or name in ("", ".", ".."):
+            _refuse(path, f"is refused: it points to {name!r} outside of its folder")
+        file = path.parent / name
+        if name not in sizes and not file.is_file():
+            _refuse(file, "is missing, but the checkpoint needs it")
+        sizes.setdefault(name, file.stat().st_size)
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+            _refuse(file, f"is truncated: {sizes[name]} bytes, at least {info.offset + info.length} are needed")
+    for key, entry in tensors.items():
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
+        absent = [chunk for chunk in chunks if MetadataIndex(key, chunk.offsets) not in storage]
+        if absent:
+            _refuse(path, f"is damaged (a part of {key!r} is nowhere stored)")
+
+
+def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if _kind(record) == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    fields = _fields(record, "TensorStorageMetadata")
+    dtype = _record(fields["properties"], "TensorProperties").state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{dtype!r} is no dtype")
+    chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=dtype),
+        size=_size(fields["size"]),
+        chunks=[ChunkStorageMetadata(offsets=_size(c["offsets"]), sizes=_size(c["sizes"])) for c in chunks],
+    )
+
+
+def _stored(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
+    key, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+    if place.get("transform_descriptors"):
+        raise ValueError(f"compressed entries are not read: {place['transform_descriptors']!r}")
+    offset = None if key.get("offset") is None else _size(key["offset"])
+    stored = _StorageInfo(_text(place["relative_path"]), _integer(place["offset"]), _integer(place["length"]))
+    return MetadataIndex(_text(key["fqn"]), offset), stored
+
+
+def _kind(record: Any) -> str:
+    return type(record).__name__ if isinstance(record, _Record) else ""
+
+
+def _record(record: Any, *kinds: str) -> _Record:
+    if _kind(record) not in kinds:
+        raise ValueError(f"{kinds[0]} expected, found {type(record).__name__}")
+    return record  # type: ignore[no-any-return]
+
+
+def _fields(record: Any, *kinds: str) -> dict[str, Any]:
+    state = _record(record, *kinds).state
+    if not isinstance(state, dict):
+        raise ValueError(f"{kinds[0]} without fields")
+    return state
+
+
+def _size(record: Any) -> torch.Size:
+    (values,) = _record(record, "Size").args
+    return torch.Size([_integer(value) for value in values])
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"integer expected, found {type(value).__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"text expected, found {type(value).__name__}")
+    return value
+
+
+def _weights_only_reason(error: Exception) -> str:
+    """The global that torch names in the middle of a page of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0] if lines else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _refuse(path: Path, problem: str) -> Never:
+    raise ValueError(f"{path} {' '.join(problem.split())}")

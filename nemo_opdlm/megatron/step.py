@@ -1,0 +1,139 @@
+"""From half-masked states to one loss: micro-batches of two-stream rows and their summed divergence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.diffusion.layout import two_stream_rows
+from nemo_opdlm.diffusion.state_selection import DenoisingState
+from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.distillation.divergence import DivergenceSpec, Target
+from nemo_opdlm.distillation.loss import Normalization, token_weights
+from nemo_opdlm.distillation.targets import TargetIndex
+from nemo_opdlm.megatron.forward import LossFunction, MicroBatch, forward_only
+from nemo_opdlm.megatron.head import LMHead, token_losses
+from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.teacher import TeacherTargets
+
+#: Upper edges of the mask-ratio buckets that the divergence is reported by.
+MASK_RATIOS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Where and how a micro-batch is supervised; M supervised tokens in row-major order.
+
+    Attributes:
+        row, column: ``[M]`` their places in the two-stream rows.
+        target: ``[M]`` numbers of their targets in ``targets``.
+        weight: fp32 ``[M]`` weight of each divergence.
+        mask_ratio: fp32 ``[M]`` masked share of the token's block.
+        count: what the summed loss is divided by, this micro-batch's share.
+        targets: the rollout batch's teacher targets.
+    """
+
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    weight: Tensor
+    mask_ratio: Tensor
+    count: Tensor
+    targets: TeacherTargets
+
+    def targets_of(self, start: int, stop: int) -> Target:
+        """Targets of supervised tokens ``start .. stop - 1``."""
+        return self.targets.at(self.target[start:stop])
+
+
+def micro_batches(
+    trajectory: Trajectory,
+    states: DenoisingState,
+    targets: TeacherTargets,
+    rows: Tensor,
+    normalization: Normalization,
+    micro_batch_size: int,
+) -> list[MicroBatch]:
+    """Cut ``rows`` of a rollout batch into micro-batches of rows of similar length, so that little is padded.
+
+    Neither the cut nor the order changes the loss: it is a sum over tokens divided by one global count.
+    """
+    lengths = trajectory.prompt_len[rows] + trajectory.response_len[rows]
+    by_length = rows[lengths.argsort(stable=True)]
+    index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
+    return [
+        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization)
+        for part in by_length.split(micro_batch_size)
+    ]
+
+
+def _micro_batch(
+    trajectory: Trajectory,
+    states: DenoisingState,
+    targets: TeacherTargets,
+    index: TargetIndex,
+    rollouts: Tensor,
+    normalization: Normalization,
+) -> MicroBatch:
+    two_stream = two_stream_rows(trajectory, states)
+    weights, count = token_weights(states.loss_mask, states.num_states, normalization)
+    row, column, copy, position = two_stream.supervised_index
+    supervision = Supervision(
+        row=row,
+        column=column,
+        target=index.rows(rollouts[row], position),
+        weight=weights[row, copy, position],
+        mask_ratio=_mask_ratio(states.loss_mask, trajectory.block_size)[row, copy, position],
+        count=count,
+        targets=targets,
+    )
+    return MicroBatch(two_stream.token_ids, two_stream.attributes, supervision)
+
+
+def _mask_ratio(loss_mask: Tensor, block_size: int) -> Tensor:
+    """Supervised share of each position's block, fp32 like ``loss_mask [B, C, L]``."""
+    blocks = loss_mask.unflatten(-1, (-1, block_size)).float().mean(-1)
+    return blocks.repeat_interleave(block_size, dim=-1)
+
+
+def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
+    """The loss of one micro-batch: sum of weight x divergence over its supervised tokens, and its share of the count."""
+
+    def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        supervision: Supervision = batch.payload
+        rows = hidden[supervision.row, supervision.column]
+        tokens = token_losses(head, rows, supervision.targets_of, spec)
+        loss_sum = (tokens.divergence * supervision.weight).sum()
+        detached = tokens.divergence.detach()
+        sums = {
+            "loss_sum": loss_sum.detach(),
+            "count": supervision.count,
+            "divergence_sum": detached.sum(),
+            "agreements": tokens.agrees.sum(),
+            "num_tokens": torch.tensor(detached.numel()),
+        }
+        lower = 0.0
+        for upper in MASK_RATIOS:
+            within = (supervision.mask_ratio > lower) & (supervision.mask_ratio <= upper)
+            sums[f"divergence_sum_{upper}"], sums[f"num_tokens_{upper}"] = detached[within].sum(), within.sum()
+            lower = upper
+        return loss_sum, supervision.count.to(torch.int), sums
+
+    return loss
+
+
+@torch.no_grad()
+def mean_divergence(
+    student: HiddenStatesGPT,
+    trajectory: Trajectory,
+    states: DenoisingState,
+    targets: TeacherTargets,
+    spec: DivergenceSpec,
+    micro_batch_size: int,
+) -> float:
+    """Token mean of the divergence on these states, without gradients."""
+    rows = torch.arange(len(trajectory), device=trajectory.token_ids.device)
+    batches = micro_batches(trajectory, states, targets, rows, Normalization.token, micro_batch_size)
+    loss = distillation_loss(LMHead(student), spec)
+    parts = forward_only(student, batches, lambda hidden, batch: loss(hidden, batch)[2])
+    return float(sum(part["divergence_sum"] for part in parts) / sum(part["num_tokens"] for part in parts))

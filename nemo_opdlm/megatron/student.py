@@ -1,0 +1,166 @@
+"""Student and teacher network: Megatron's GPTModel with the core attention and the norms of its layer spec swapped.
+
+The student attends by the block-diffusion rule, the teacher (``teacher.py``) is the same class under the causal rule. Both end at
+the final hidden states: the LM head runs only on the rows that need it (``head.py``).
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_opdlm.config import Architecture
+from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
+from nemo_opdlm.megatron.parallel import ParallelContext
+from nemo_opdlm.megatron.rotary import inverse_frequencies
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a network is held, as opposed to what it is (``Architecture``).
+
+    Attributes:
+        params_dtype: dtype of parameters and activations.
+        autocast_dtype: dtype of an autocast region around the forward and backward pass, or None.
+        sequence_parallel: Megatron's sequence parallelism (needs TP > 1).
+        initialize: fill parameters with random values; switch off where a checkpoint follows.
+        transformer_config: further fields of Megatron's ``TransformerConfig`` (recomputation, fusions ...).
+    """
+
+    params_dtype: torch.dtype = torch.float32
+    autocast_dtype: torch.dtype | None = None
+    sequence_parallel: bool = False
+    initialize: bool = True
+    transformer_config: dict[str, Any] = field(default_factory=dict)
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that tells Megatron to sum its gradient over tensor ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class HiddenStatesGPT(GPTModel):
+    """GPTModel whose last stage returns the normed hidden states ``[B, S, hidden]`` instead of logits.
+
+    Attributes:
+        arch: the architecture it was built from.
+        attention: state shared by its attention layers (rule, plan, cache).
+        options: how it is held.
+    """
+
+    arch: Architecture
+    attention: AttentionContext
+    options: ModelOptions
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # The head adds up its shards' gradients itself (copy_to_tensor_model_parallel_region): here they only split.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden_states.transpose(0, 1)
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the LM head ``[V_local, hidden]``, the embedding where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(arch: Architecture, parallel: ParallelContext, options: ModelOptions) -> TransformerConfig:
+    """Megatron's view of ``arch`` in this layout; dropout is 0, as the method has none."""
+    fields: dict[str, Any] = dict(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        init_method_std=arch.init_method_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=arch.bias,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
+        sequence_parallel=options.sequence_parallel,
+        params_dtype=options.params_dtype,
+        pipeline_dtype=options.autocast_dtype or options.params_dtype,
+        bf16=options.params_dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=options.initialize,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Every loss is a sum over supervised tokens; Megatron divides once by the global count.
+        calculate_per_token_loss=True,
+    )
+    return TransformerConfig(**{**fields, **options.transformer_config})
+
+
+def _layer_spec(arch: Architecture, context: AttentionContext) -> ModuleSpec:
+    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+    if arch.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    attention.core_attention = partial(BlockDiffusionAttention, context)
+    return spec
+
+
+def build_model(
+    arch: Architecture,
+    parallel: ParallelContext,
+    rule: AttentionRule,
+    options: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
+) -> HiddenStatesGPT:
+    """Build this rank's part of the network on its device.
+
+    Args:
+        arch: layer count, widths, vocabulary ...
+        parallel: this process's place in the layout.
+        rule: who may attend to whom.
+        options: dtype, recomputation, initialisation.
+    """
+    config = transformer_config(arch, parallel, options)
+    assert arch.kv_channels is not None
+    context = AttentionContext(rule, inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling))
+    layers = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(arch, context)] * get_num_layers_to_build(config),
+        layer_norm=SequenceParallelRMSNorm,
+    )
+    model = HiddenStatesGPT(
+        config=config,
+        transformer_layer_spec=layers,  # type: ignore[arg-type]
+        vocab_size=arch.padded_vocab_size(parallel.tp_size),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+        position_embedding_type="none",
+        pg_collection=parallel.groups,
+    )
+    model.arch, model.attention, model.options = arch, context, options
+    return model.to(parallel.device)
