@@ -1,0 +1,137 @@
+"""The method's settings as the pure packages want them, from the schema's keys and the model's tokenizer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.config import ModelConfig, OPDLMConfig
+from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.distillation.curriculum import (
+    LengthSchedule,
+    Ramp,
+    ThresholdSchedule,
+    confidence_threshold,
+    rollout_length,
+)
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
+from nemo_opdlm.megatron.rollout import RolloutEngine
+from nemo_opdlm.megatron.student import HiddenStatesGPT
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What the method has to know of a tokenizer.
+
+    Attributes:
+        mask_token_id: stands at positions that are not decoded yet.
+        pad_id: fills batches; never read by a loss or a mask.
+        end_token_ids: end a response.
+        forbidden: bool ``[V]``, never proposed.
+    """
+
+    mask_token_id: int
+    pad_id: int
+    end_token_ids: tuple[int, ...]
+    forbidden: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything of ``model.opdlm`` that changes with the rollout step or meets a tensor.
+
+    Attributes:
+        config: the method's keys.
+        seed: key of all randomness.
+        tokens: special tokens of the model.
+        context_len: longest row the model was trained for, in tokens.
+        num_rollout_steps: rollout steps of the whole run, the default end of a threshold ramp.
+    """
+
+    config: OPDLMConfig
+    seed: int
+    tokens: SpecialTokens
+    context_len: int
+    num_rollout_steps: int
+
+    @staticmethod
+    def of(config: ModelConfig, tokens: SpecialTokens, context_len: int, max_steps: int) -> "Method":
+        """The method of a run of ``max_steps`` updates."""
+        updates = config.opdlm.rollout.num_samples_per_step // config.global_batch_size
+        return Method(config.opdlm, config.seed, tokens, context_len, max(1, -(-max_steps // updates)))
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token."""
+        return self.tokens.mask_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills batches."""
+        return self.tokens.pad_id
+
+    @property
+    def divergence(self) -> DivergenceSpec:
+        """Divergence, support and tail of the training loss."""
+        config = self.config
+        return DivergenceSpec(
+            DivergenceKind(config.divergence),
+            config.reverse_kl_weight,
+            config.jsd_alpha,
+            config.divergence_top_k,
+            Tail(config.tail),
+        )
+
+    def threshold(self, rollout_step: int) -> float:
+        """Confidence threshold at a rollout step."""
+        schedule, fixed = self.config.rollout.threshold_schedule, self.config.rollout.threshold
+        if schedule.type is None:
+            return fixed
+        ramp_steps = schedule.ramp_steps or max(1, self.num_rollout_steps - schedule.hold_steps)
+        start = fixed if schedule.start is None else schedule.start
+        spec = ThresholdSchedule(start, schedule.end, schedule.hold_steps, ramp_steps, Ramp(schedule.type))
+        return confidence_threshold(rollout_step, spec)
+
+    def rollout_settings(self, rollout_step: int) -> RolloutSettings:
+        """How the student decodes at a rollout step."""
+        return RolloutSettings(
+            block_size=self.config.block_size,
+            denoising_steps=self.config.denoising_steps,
+            remasking=RemaskingParams(
+                RemaskingStrategy(self.config.rollout.remasking),
+                self.threshold(rollout_step),
+                self.config.rollout.entropy_bound,
+            ),
+            mask_token_id=self.mask_token_id,
+            end_token_ids=self.tokens.end_token_ids,
+            seed=self.seed,
+            step=rollout_step,
+        )
+
+    def response_limits(self, rollout_step: int, prompt_len: Tensor, domains: list[str | None]) -> Tensor:
+        """Longest response of each prompt, ``[B]``: curriculum, fixed limit, domain cap and the model's context."""
+        rollout = self.config.rollout
+        limits = self.context_len - prompt_len
+        schedule = rollout.max_new_tokens_schedule
+        if schedule.type is not None:
+            spec = LengthSchedule(schedule.start, schedule.end, schedule.ramp_steps, Ramp(schedule.type))
+            limits = limits.clamp(max=rollout_length(rollout_step, spec, self.config.block_size))
+        if rollout.max_new_tokens is not None:
+            limits = limits.clamp(max=rollout.max_new_tokens)
+        caps = [(rollout.domain_caps or {}).get(domain or "", self.context_len) for domain in domains]
+        return torch.minimum(limits, torch.tensor(caps, device=limits.device))
+
+    def engine(
+        self, network: HiddenStatesGPT, max_batch_size: int, sampling: SamplingParams | None = None
+    ) -> RolloutEngine:
+        """A rollout engine over a network; ``sampling`` defaults to the rollout's temperature and filters."""
+        rollout = self.config.rollout
+        device = next(network.parameters()).device
+        return RolloutEngine(
+            network,
+            sampling or SamplingParams(rollout.temperature, rollout.top_k, rollout.top_p),
+            self.tokens.forbidden.to(device),
+            max_batch_size,
+        )

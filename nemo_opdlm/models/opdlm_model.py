@@ -1,0 +1,241 @@
+"""``OPDLMModel``: the composition root. NeMo and Lightning drive it, ``distiller.py`` does the method."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from nemo.utils import logging
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset
+
+from nemo_opdlm.config import Architecture, ModelConfig
+from nemo_opdlm.convert.hf_folder import read_tokenizer_files
+from nemo_opdlm.data.collate import collate
+from nemo_opdlm.data.prompts import PromptDataset
+from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
+from nemo_opdlm.megatron import optimizer as megatron_optimizer
+from nemo_opdlm.megatron.head import LMHead
+from nemo_opdlm.megatron.parallel import ParallelContext, initialize
+from nemo_opdlm.megatron.student import build_model
+from nemo_opdlm.megatron.teacher import Teacher
+from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
+from nemo_opdlm.models.heldout import HeldoutSet
+from nemo_opdlm.models.method import Method, SpecialTokens
+from nemo_opdlm.megatron.network import Network
+from nemo_opdlm.models.settings import (
+    HELDOUT_SAMPLING,
+    heldout_settings,
+    model_options,
+    model_section,
+    optimizer_settings,
+)
+
+
+class _Updates(Dataset[int]):
+    """The training loader's clock: item k stands for one update. What an update does follows from ``global_step``."""
+
+    def __init__(self, num_updates: int) -> None:
+        self.num_updates = num_updates
+
+    def __len__(self) -> int:
+        return self.num_updates
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class OPDLMModel(ModelPT):
+    """A block-diffusion student distilled on-policy from the AR model it came from.
+
+    The network is Megatron's; the frozen teacher lives outside the module tree and is in no checkpoint.
+
+    Args:
+        cfg: the ``model`` section: architecture, layout, method, optimizer, data.
+        trainer: Lightning's trainer, None for inference.
+
+    Raises:
+        ValueError: the section has unknown, missing or contradictory keys.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.automatic_optimization = False
+        self.config: ModelConfig
+        self.arch: Architecture
+        self.config, self.arch, precision = model_section(cfg)
+        self.parallel: ParallelContext = initialize(
+            self.config.tensor_model_parallel_size,
+            self.config.pipeline_model_parallel_size,
+            self.config.virtual_pipeline_model_parallel_size,
+            self.config.context_parallel_size,
+            self.config.seed,
+        )
+        self.options = model_options(self.config, precision)
+        self.model = build_model(self.arch, self.parallel, AttentionRule.BLOCK_DIFFUSION, self.options)
+        folder = self.config.tokenizer.type
+        #: Name -> content, for the archive.
+        self.tokenizer_files = {} if folder is None else read_tokenizer_files(Path(folder))
+        self.tokens: SpecialTokens | None = None
+        self.step_metrics: Metrics = {}
+        # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
+        self._unregistered: tuple[Any, ...] = ()
+        self._train_prompts: PromptDataset | None = None
+        self._heldout_prompts: PromptDataset | None = None
+        self._heldout: HeldoutSet | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @classmethod
+    def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> "OPDLMModel":  # type: ignore[override]
+        """Build from a config; NeMo's default would look the class up in a list that plugins cannot enter."""
+        return cls(cfg=config, trainer=trainer)
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """No pretrained models are published."""
+        return []
+
+    def use_prompts(self, tokens: SpecialTokens, train: PromptDataset, heldout: PromptDataset | None) -> None:
+        """Hand over the prompts, tokenised and checked at set-up."""
+        self.tokens, self._train_prompts, self._heldout_prompts = tokens, train, heldout
+
+    @property
+    def heldout_prompts(self) -> PromptDataset:
+        """The held-out prompts of ``use_prompts``."""
+        assert self._heldout_prompts is not None, "no held-out prompts: set model.data.validation_ds.file_path"
+        return self._heldout_prompts
+
+    @property
+    def method(self) -> Method:
+        """The method's settings for this run."""
+        assert self.tokens is not None
+        max_steps = self._trainer.max_steps if self._trainer is not None else 1
+        return Method.of(self.config, self.tokens, self.arch.max_position_embeddings, max_steps)
+
+    def use_teacher(self, teacher: Teacher | None) -> None:
+        """Hand over the frozen teacher; None where ``nll`` trains on the student's own rollouts."""
+        self._unregistered = (teacher,)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The frozen AR model, while training."""
+        return self._unregistered[0] if self._unregistered else None
+
+    @property
+    def distiller(self) -> OnPolicyDistiller:
+        """The method, between ``setup`` and the end of training."""
+        distiller: OnPolicyDistiller = self._unregistered[1]
+        return distiller
+
+    def setup(self, stage: str | None = None) -> None:
+        """Wrap the student for training; Lightning calls it before ``configure_optimizers``."""
+        if stage != "fit":
+            return
+        assert self.tokens is not None and self._train_prompts is not None
+        settings = optimizer_settings(self.config, self.trainer.max_steps, self.cfg.get("gradient_clip_val"))
+        ddp = megatron_optimizer.wrap(self.model, self.parallel, settings)
+        self._optimizer = megatron_optimizer.StudentOptimizer(ddp, settings)
+        method = self.method
+        distiller = OnPolicyDistiller(
+            self.config,
+            method,
+            Network(self.model, ddp, LMHead(self.model), self.parallel),
+            self._optimizer,
+            self.teacher,
+            self._train_prompts,
+            step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
+        )
+        self._unregistered = (self.teacher, distiller)
+        self.setup_training_data(self.cfg.data.train_ds)
+        if self._heldout_prompts is not None:
+            self.setup_validation_data(self.cfg.data.validation_ds)
+        logging.info(f"Divergence: {method.divergence.formula}")
+
+    def setup_training_data(self, train_data_config: DictConfig) -> None:
+        """One item per update of an epoch over the training prompts."""
+        schedule = self.distiller.schedule
+        updates = schedule.steps_per_epoch * self.distiller.updates_per_rollout
+        self._train_dl = DataLoader(_Updates(updates), batch_size=None)
+
+    def setup_validation_data(self, val_data_config: DictConfig) -> None:
+        """The held-out set counts as one batch."""
+        self._validation_dl = DataLoader(_Updates(1), batch_size=None)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Megatron's optimizer, as Lightning wants to see it."""
+        return MegatronOptimizerHandle(self._optimizer.megatron.param_groups, self._optimizer.step)
+
+    def on_fit_start(self) -> None:
+        """Continue the unfinished rollout batch of a restored run."""
+        super().on_fit_start()
+        if self._restored is not None:
+            self.distiller.load_state_dict(self._restored)
+            self._restored = None
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        """One update (``OnPolicyDistiller.update``)."""
+        metrics = self.distiller.update(self.global_step)
+        self.step_metrics = metrics
+        names = {"reduced_train_loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm"}
+        self.log_dict({**metrics, **{nemo: metrics[ours] for nemo, ours in names.items()}}, batch_size=1)
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """``val_loss``: the held-out divergence."""
+        value = self.heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
+        self.log("val_loss", value, batch_size=1)
+
+    @property
+    def heldout(self) -> HeldoutSet:
+        """The fixed held-out set, built when it is first asked for."""
+        if self._heldout is None:
+            self._heldout = self._build_heldout()
+        return self._heldout
+
+    def _build_heldout(self) -> HeldoutSet:
+        assert self.teacher is not None
+        validation, method = self.config.data.validation_ds, self.method
+        count = min(validation.num_samples, len(self.heldout_prompts))
+        prompts = collate([self.heldout_prompts[i] for i in range(count)], method.pad_id)
+        return HeldoutSet.build(
+            self.teacher,
+            method.engine(self.teacher.network, count, HELDOUT_SAMPLING),
+            *(tensor.to(self.parallel.device) for tensor in prompts),
+            validation.response_length,
+            heldout_settings(method),
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is not a sharded tensor: the unfinished rollout batch and the schedule."""
+        checkpoint["opdlm"] = self.distiller.state_dict()
+        checkpoint["lr_scheduler"] = self._optimizer.scheduler.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the schedule; the rollout batch waits until the teacher can be asked again."""
+        self._optimizer.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        self._restored = checkpoint["opdlm"]
+
+    @property
+    def vocab_size(self) -> int:
+        """True rows of the vocabulary, before padding for tensor parallelism."""
+        return self.arch.vocab_size
+
+    def sharded_state_dict(self, include_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
+        """Megatron's sharded view of the weights (keys ``model.*``) and, for training, of the optimizer."""
+        weights = self.model.sharded_state_dict(prefix="model.")
+        state = {"model": weights}
+        if include_optimizer:
+            state["optimizer"] = self._optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading)
+        return state
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state; without an optimizer the fp32 master weights follow the weights."""
+        network = {name.removeprefix("model."): value for name, value in state["model"].items()}
+        self.model.load_state_dict(network, strict=False)
+        if self._optimizer is None:
+            return
+        if "optimizer" in state:
+            self._optimizer.megatron.load_state_dict(state["optimizer"])
+        else:
+            self._optimizer.megatron.reload_model_params()

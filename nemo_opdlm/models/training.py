@@ -1,0 +1,193 @@
+"""A run from its checked configuration: archive, prompts, model, teacher, trainer."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_opdlm.config import Architecture, Config, PromptFileConfig, to_container, validate_architecture
+from nemo_opdlm.data.prompts import PromptDataset, load_prompts
+from nemo_opdlm.data.tokenizer import forbidden_ids, load_tokenizer, resolve_end_token_ids
+from nemo_opdlm.lightning.callbacks import MetricsFile, StepProgressBar
+from nemo_opdlm.lightning.resume import start_experiment
+from nemo_opdlm.lightning.strategy import MegatronStrategy
+from nemo_opdlm.megatron.teacher import Teacher
+from nemo_opdlm.models.archive import OPDLMSaveRestoreConnector
+from nemo_opdlm.models.archive_format import Archive, ArchiveError, check_class, open_nemo
+from nemo_opdlm.models.conversion import archive_architecture, read_weights
+from nemo_opdlm.models.method import SpecialTokens
+from nemo_opdlm.models.opdlm_model import OPDLMModel
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads besides weights, checked before a model is built.
+
+    Attributes:
+        config: the configuration with the archive's architecture filled in.
+        origin: where the model was converted from, for its export.
+        tokens: special tokens.
+        train, heldout: prompts; None where the configuration names no file.
+    """
+
+    config: Config
+    origin: dict[str, Any]
+    tokens: SpecialTokens
+    train: PromptDataset | None
+    heldout: PromptDataset | None
+
+
+def train(config: Config) -> OPDLMModel:
+    """Train from start or resume; returns the trained model.
+
+    Raises:
+        ValueError, OSError: bad input; one line, before any work is done.
+    """
+    inputs = read_inputs(config)
+    config = inputs.config
+    trainer = _trainer(config)
+    if trainer.world_size > 1:
+        raise ValueError(f"trainer.devices={config.trainer.devices!r} is {trainer.world_size} ranks here: set it to 1")
+    manager = replace(config.exp_manager, name=config.exp_manager.name or config.name)
+    log_dir = start_experiment(trainer, to_container(manager))
+    trainer.callbacks.append(MetricsFile(log_dir))
+    logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
+    model = restore(inputs, trainer)
+    trainer.fit(model)
+    return model
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read archive settings, tokenizer and prompts.
+
+    Raises:
+        ValueError, OSError: one line naming file, row or key.
+    """
+    path = Path(config.model.restore_from_path or "")
+    with open_nemo(path) as archive:
+        check_class(archive)
+        arch = archive_architecture(archive, archive.config)
+        validate_architecture(config, arch)
+        config = _with_archive(config, archive, arch)
+        tokenizer_type = config.model.tokenizer.type
+        folder = Path(tokenizer_type) if tokenizer_type else archive.tokenizer
+        if folder is None:
+            raise ArchiveError(f"{path}: the archive holds no tokenizer: set model.tokenizer.type to a folder")
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.tokenizer.trust_remote_code)
+        data, origin = config.model.data, dict(archive.config.get("origin") or {})
+        tokens = _special_tokens(config, tokenizer, origin, arch)
+        train_prompts = _prompts(data.train_ds, tokenizer, tokens)
+        return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
+
+
+def restore(inputs: Inputs, trainer: Trainer | None = None) -> OPDLMModel:
+    """The student with the archive's weights, its prompts and its teacher."""
+    config = inputs.config
+    if trainer is not None:
+        assert isinstance(trainer.strategy, MegatronStrategy)
+        trainer.strategy.start(trainer)
+    model: OPDLMModel = OPDLMModel.restore_from(
+        str(config.model.restore_from_path),
+        override_config_path=_model_config(inputs),
+        trainer=trainer,
+        save_restore_connector=OPDLMSaveRestoreConnector(),
+    )
+    if inputs.train is not None or inputs.heldout is not None:
+        model.use_prompts(inputs.tokens, inputs.train, inputs.heldout)
+    if config.model.opdlm.needs_teacher or inputs.heldout is not None:
+        model.use_teacher(_teacher(config, model))
+    return model
+
+
+def _with_archive(config: Config, archive: Archive, arch: Architecture) -> Config:
+    """Fill in what the archive knows: the architecture and, where the configuration leaves it open, the mask token."""
+    opdlm = config.model.opdlm
+    if opdlm.mask_token_id is None:
+        stored = (archive.config.get("opdlm") or {}).get("mask_token_id")
+        if stored is None:
+            raise ArchiveError(f"{archive.source}: the archive names no mask token: set model.opdlm.mask_token_id")
+        opdlm = replace(opdlm, mask_token_id=int(stored))
+    shape = {field.name: getattr(arch, field.name) for field in fields(Architecture)}
+    return replace(config, model=replace(config.model, opdlm=opdlm, **shape))
+
+
+def _special_tokens(config: Config, tokenizer: Any, origin: dict[str, Any], arch: Architecture) -> SpecialTokens:
+    mask_token_id = config.model.opdlm.mask_token_id
+    assert mask_token_id is not None
+    end_token_ids = config.model.opdlm.rollout.end_token_ids
+    if end_token_ids is None:
+        # Chat models name further end tokens in their generation defaults only.
+        named = (origin.get("generation_config") or {}).get("eos_token_id")
+        more = named if isinstance(named, list) else [] if named is None else [named]
+        end_token_ids = tuple(sorted({*resolve_end_token_ids(tokenizer), *more}))
+    pad_id = tokenizer.pad_token_id
+    forbidden = forbidden_ids(tokenizer, arch.vocab_size, mask_token_id, pad_id, end_token_ids=end_token_ids)
+    return SpecialTokens(mask_token_id, 0 if pad_id is None else int(pad_id), tuple(end_token_ids), forbidden)
+
+
+def _prompts(data: PromptFileConfig, tokenizer: Any, tokens: SpecialTokens) -> PromptDataset | None:
+    if data.file_path is None:
+        return None
+    prompts = load_prompts(
+        data.file_path,
+        tokenizer=tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        chat_template=data.chat_template,
+        enable_thinking=data.enable_thinking,
+        domain_suffixes=data.domain_suffixes,
+        truncate_prompt_to=data.truncate_prompt_to,
+        mask_token_id=tokens.mask_token_id,
+    )
+    logging.info(f"{data.file_path}: {len(prompts)} prompts, {prompts.num_dropped_too_long} dropped as too long")
+    return prompts
+
+
+def _model_config(inputs: Inputs) -> DictConfig:
+    """The ``model`` section as the model instance keeps it, with what it needs of ``trainer``."""
+    config = inputs.config
+    section: dict[str, Any] = to_container(config.model)
+    section["precision"] = config.trainer.precision
+    section["gradient_clip_val"] = config.trainer.gradient_clip_val
+    section["origin"] = inputs.origin
+    return OmegaConf.create(section)
+
+
+def _teacher(config: Config, model: OPDLMModel) -> Teacher:
+    """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
+    with open_nemo(str(config.model.teacher_path)) as archive:
+        check_class(archive)
+        arch = archive_architecture(archive, archive.config)
+        if arch.vocab_size != model.arch.vocab_size:
+            raise ArchiveError(
+                f"{archive.source}: the teacher has {arch.vocab_size} vocabulary rows, the student "
+                f"{model.arch.vocab_size}: they must have the same vocabulary"
+            )
+        teacher = Teacher(arch, model.parallel, model.options, max(config.model.micro_batch_size, 8))
+        read_weights(teacher.network, archive)
+        return teacher
+
+
+def _trainer(config: Config) -> Trainer:
+    model = config.model
+    strategy = MegatronStrategy(
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        seed=model.seed,
+    )
+    # Consumed elsewhere: precision by the model, clipping by Megatron's optimizer.
+    settings = {
+        key: value
+        for key, value in to_container(config.trainer).items()
+        if value is not None and key not in ("precision", "gradient_clip_val")
+    }
+    # None here means: count validations in updates, across epochs.
+    settings["check_val_every_n_epoch"] = config.trainer.check_val_every_n_epoch
+    if config.trainer.val_check_interval is None or model.data.validation_ds.file_path is None:
+        settings["limit_val_batches"] = 0
+    callbacks = [StepProgressBar()] if settings.get("enable_progress_bar", True) else []
+    return Trainer(strategy=strategy, callbacks=callbacks, **settings)
