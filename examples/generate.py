@@ -56,8 +56,7 @@ def show(generator: "Generator", trajectory: "Trajectory", config: GenerateConfi
     total, forwards = int(trajectory.response_len.sum()), int(trajectory.num_forwards.sum())
     blocks = "" if config.mode == "autoregressive" else f" in blocks of {trajectory.block_size}"
     console.print(
-        f"{len(texts)} responses by {config.mode} decoding{blocks}: {_figures(total, forwards)}, "
-        f"{total / seconds:.0f} tokens/s"
+        f"in all, by {config.mode} decoding{blocks}: {_figures(total, forwards)}, {total / seconds:.0f} tokens/s"
     )
 
 

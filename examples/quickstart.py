@@ -1,4 +1,4 @@
-"""A real autoregressive language model becomes a block-diffusion one: fetch, convert, distil on-policy, evaluate, export.
+"""A real autoregressive language model becomes a block-diffusion one, by on-policy distillation.
 
     python examples/quickstart.py --model glassllm    # 0.85M parameters, under 5 minutes on two CPU cores
     python examples/quickstart.py --model smollm2     # SmolLM2-135M-Instruct, under half an hour
@@ -80,6 +80,16 @@ class Run:
         """exp_manager's folder."""
         return self.folder / "log"
 
+    @property
+    def summary(self) -> Path:
+        """The figures."""
+        return self.folder / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        """The picture."""
+        return self.folder / "curves.png"
+
     def clear(self) -> None:
         """Remove what an earlier quickstart left in the places that must be free.
 
@@ -91,6 +101,7 @@ class Run:
                 raise FileExistsError(f"{folder} is not from an earlier quickstart: choose another --output_dir")
         for folder in (self.log, self.hf):
             shutil.rmtree(folder, ignore_errors=True)
+        self.summary.unlink(missing_ok=True)  # else it would speak for a run that failed
 
 
 class Story:
@@ -141,8 +152,8 @@ def main() -> None:
         config = validate(config)
     summary = distil(run, config, story)
     story.console.print(
-        f"\nAll stages took {summary['seconds']:.0f} s. Figures: {run.folder / 'summary.json'}, curves: "
-        f"{run.folder / 'curves.png'}. Write with the student:\n\n"
+        f"\nAll stages took {summary['seconds']:.0f} s. Figures: {run.summary}, curves: {run.curves}. Write with the "
+        f"student:\n\n"
         f"  python examples/generate.py model.restore_from_path={summary['nemo_file']} "
         f"'prompts=[\"Once upon a time\"]' show_steps=true",
         soft_wrap=True,
@@ -253,8 +264,8 @@ def report(
             story.text(f"  {name}", tokenizer.decode(response, skip_special_tokens=True))
     heldout = {0: before.figures["heldout_kl"], summary["optimizer_steps"]: after.figures["heldout_kl"]}
     title = f"{run.model}: {summary['optimizer_steps']} updates of on-policy distillation"
-    plot_curves(read_metrics(run.log / "metrics.jsonl"), run.folder / "curves.png", title, heldout)
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    plot_curves(read_metrics(run.log / "metrics.jsonl"), run.curves, title, heldout)
+    run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""One set of figures for a student, the same before and after training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.data.collate import collate
+from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.state_selection import select_states
+from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.evaluation.decoding import judge, repeated_ngrams
+from nemo_opdlm.megatron.step import mean_divergence
+from nemo_opdlm.models.heldout import HELDOUT_DIVERGENCE
+from nemo_opdlm.models.opdlm_model import OPDLMModel
+from nemo_opdlm.models.settings import HELDOUT_SAMPLING, HELDOUT_SEED
+
+#: Greedy dynamic decoding, the setting the student is served with.
+SERVED_REMASKING = RemaskingParams(RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC, threshold=0.9)
+GREEDY = SamplingParams(temperature=0.0)
+#: Rollouts over the held-out prompts that one call of ``compare`` makes, for a progress bar.
+NUM_ROLLOUTS = 2
+
+OnProgress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of a student and the greedy responses they were read from.
+
+    Attributes:
+        figures: ``heldout_kl`` (the number to trust), ``kl`` on the student's own states, and ``DecodingReport``.
+        responses: greedy dynamic decoding of the held-out prompts.
+    """
+
+    figures: dict[str, float]
+    responses: Trajectory
+
+
+@torch.no_grad()
+def compare(model: OPDLMModel, on_progress: OnProgress | None = None) -> Comparison:
+    """Evaluate a model against its teacher on its held-out prompts.
+
+    Args:
+        model: with prompts and teacher (``models.training.restore``), before or after its training.
+        on_progress: of the rollouts (``diffusion.sampler.rollout``).
+    """
+    teacher, batch_size = model.teacher, model.config.data.validation_ds.num_samples
+    assert teacher is not None
+    sampled = respond(model, HELDOUT_SAMPLING, on_progress)
+    states = select_states(
+        "one_state_per_block", sampled, model.method.mask_token_id, num_states=1, seed=HELDOUT_SEED, step=0
+    )
+    targets = teacher.targets(sampled, HELDOUT_DIVERGENCE)
+    greedy = respond(model, GREEDY, on_progress)
+    figures = {
+        "heldout_kl": model.heldout.divergence(model.model, batch_size),
+        "kl": mean_divergence(model.model, sampled, states, targets, HELDOUT_DIVERGENCE, batch_size),
+        **judge(teacher, greedy).as_dict(),
+    }
+    return Comparison(figures, greedy)
+
+
+def respond(model: OPDLMModel, sampling: SamplingParams, on_progress: OnProgress | None = None) -> Trajectory:
+    """Block-diffusion responses to the held-out prompts, by dynamic decoding at the served threshold."""
+    settings = replace(model.method.rollout_settings(1), remasking=SERVED_REMASKING, seed=HELDOUT_SEED, step=0)
+    engine = model.method.engine(model.model, model.config.data.validation_ds.num_samples, sampling)
+    return engine.generate(*heldout_requests(model), settings, on_progress)
+
+
+def teacher_repeat_4gram(model: OPDLMModel, on_progress: OnProgress | None = None) -> float:
+    """The teacher's own share of repeated 4-grams under greedy decoding, beside which the student's is read."""
+    assert model.teacher is not None
+    engine = model.method.engine(model.teacher.network, model.config.data.validation_ds.num_samples, GREEDY)
+    settings = replace(model.method.rollout_settings(1), seed=HELDOUT_SEED, step=0)
+    return repeated_ngrams(engine.generate_autoregressive(*heldout_requests(model), settings, on_progress), 4)
+
+
+def heldout_requests(model: OPDLMModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts ``[B, P]``, prompt lengths, response limits and sample ids of the held-out set."""
+    validation, prompts = model.config.data.validation_ds, model.heldout_prompts
+    count = min(validation.num_samples, len(prompts))
+    prompt_ids, prompt_len = collate([prompts[i] for i in range(count)], model.method.pad_id)
+    limits = torch.full_like(prompt_len, validation.response_length)
+    device = model.parallel.device
+    return prompt_ids.to(device), prompt_len.to(device), limits.to(device), torch.arange(count, device=device)

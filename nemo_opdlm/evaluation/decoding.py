@@ -1,0 +1,71 @@
+"""What a student's decoded text is worth in its teacher's eyes."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, TokenTarget
+from nemo_opdlm.megatron.head import token_losses
+from nemo_opdlm.megatron.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class DecodingReport:
+    """Figures of one set of decoded responses.
+
+    Attributes:
+        teacher_loglik: mean log-probability that the teacher gives a generated token, in nats.
+        teacher_agreement: share of generated tokens that are the teacher's most likely ones.
+        repeat_4gram: share of 4-grams that occurred before in the same response.
+        tokens_per_forward: response tokens per denoising forward.
+        response_len: mean response length in tokens.
+    """
+
+    teacher_loglik: float
+    teacher_agreement: float
+    repeat_4gram: float
+    tokens_per_forward: float
+    response_len: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def judge(teacher: Teacher, trajectory: Trajectory) -> DecodingReport:
+    """Score decoded responses under the causal teacher.
+
+    A student that repeats itself scores well on likelihood and agreement: read them beside ``repeat_4gram`` and the
+    held-out divergence, never alone.
+    """
+    hidden = teacher.response_hidden(trajectory)
+    own_tokens = TokenTarget(trajectory.token_ids[trajectory.is_response])
+    spec = DivergenceSpec(DivergenceKind.nll)
+    losses = token_losses(teacher.head, hidden, lambda start, stop: own_tokens.index(slice(start, stop)), spec)
+    num_tokens = int(trajectory.response_len.sum())
+    return DecodingReport(
+        teacher_loglik=float(-losses.divergence.mean()),
+        teacher_agreement=float(losses.agrees.float().mean()),
+        repeat_4gram=repeated_ngrams(trajectory, 4),
+        tokens_per_forward=num_tokens / int(trajectory.num_forwards.sum()),
+        response_len=num_tokens / len(trajectory),
+    )
+
+
+def repeated_ngrams(trajectory: Trajectory, length: int) -> float:
+    """Share of n-grams that occurred before in the same response; 0 where no response is long enough."""
+    repeated = total = 0
+    for response in responses(trajectory):
+        windows = response.unfold(0, length, 1) if response.numel() >= length else response.new_empty(0, length)
+        total += windows.shape[0]
+        repeated += windows.shape[0] - windows.unique(dim=0).shape[0]
+    return repeated / total if total else 0.0
+
+
+def responses(trajectory: Trajectory) -> list[Tensor]:
+    """Token ids of each response, an end-of-turn token included."""
+    lengths: list[int] = trajectory.response_len.tolist()
+    return list(trajectory.token_ids[trajectory.is_response].split(lengths))

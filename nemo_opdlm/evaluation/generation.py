@@ -1,0 +1,167 @@
+"""Text from an archive, by block diffusion or plain autoregressive decoding with the same weights; needs no NeMo."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_opdlm.config.generate import GenerateConfig, check_denoising_steps
+from nemo_opdlm.data.collate import collate
+from nemo_opdlm.data.prompts import encode_rows, resolve_chat_template
+from nemo_opdlm.data.rows import PromptRow, read_rows
+from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.megatron.rollout import RolloutEngine
+from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.models.archive_format import Archive, ArchiveError
+from nemo_opdlm.models.conversion import open_model
+from nemo_opdlm.models.method import SpecialTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REMASKING = {
+    "dynamic": RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC,
+    "static": RemaskingStrategy.LOW_CONFIDENCE_STATIC,
+    "autoregressive": RemaskingStrategy.LOW_CONFIDENCE_STATIC,
+}
+
+
+def prompt_rows(config: GenerateConfig) -> list[PromptRow]:
+    """The prompts of a configuration, from its list or its file.
+
+    Raises:
+        ValueError, OSError: the file cannot be read; one line naming file and row.
+    """
+    if config.prompts_file is not None:
+        return read_rows(config.prompts_file)
+    return [
+        PromptRow(where=f"prompts[{i}]", row_id=str(i), text=text, messages=None, domain=None)
+        for i, text in enumerate(config.prompts or ())
+    ]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A network, its tokenizer and what they agreed on.
+
+    Attributes:
+        network: holds the weights in the archive's precision.
+        tokenizer: of the archive.
+        tokens: mask, padding and end tokens, and what is never proposed.
+        block_size: tokens of a block the model was trained for.
+    """
+
+    network: HiddenStatesGPT
+    tokenizer: "PreTrainedTokenizerBase"
+    tokens: SpecialTokens
+    block_size: int
+
+    @staticmethod
+    def load(path: str | Path) -> "Generator":
+        """Read a `.nemo` archive, converted or trained.
+
+        Raises:
+            ValueError, OSError: the archive is refused; one line that names it.
+        """
+        with open_model(path) as (network, archive):
+            if archive.tokenizer is None:
+                raise ArchiveError(f"{archive.source}: the archive holds no tokenizer")
+            tokenizer = load_tokenizer(archive.tokenizer)
+            opdlm = _method_section(archive)
+            tokens = SpecialTokens.read(
+                tokenizer,
+                network.arch.vocab_size,
+                int(opdlm["mask_token_id"]),
+                (opdlm.get("rollout") or {}).get("end_token_ids"),
+                archive.config.get("origin") or {},
+            )
+            return Generator(network, tokenizer, tokens, int(opdlm["block_size"]))
+
+    def encode(self, rows: Sequence[PromptRow], chat_template: bool | str = "auto") -> list[Tensor]:
+        """Token ids int64 ``[P]`` of each prompt, as training encodes them.
+
+        Raises:
+            ValueError: a prompt has no tokens, holds the mask token or fills the context; one line naming it.
+        """
+        templated = resolve_chat_template(chat_template, self.tokenizer)
+        prompts = encode_rows(rows, self.tokenizer, templated=templated)
+        for row, ids in zip(rows, prompts, strict=True):
+            self._check_prompt(row, ids)
+        return [torch.tensor(ids) for ids in prompts]
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        config: GenerateConfig,
+        on_progress: Callable[..., None] | None = None,
+    ) -> Trajectory:
+        """Responses to prompts, by the mode and sampling of ``config``.
+
+        Raises:
+            ValueError: the sampling does not fit the model's block size.
+        """
+        block_size = config.block_size or self.block_size
+        check_denoising_steps(config.denoising_steps, block_size)
+        settings = RolloutSettings(
+            block_size=block_size,
+            denoising_steps=config.denoising_steps or block_size,
+            remasking=RemaskingParams(_REMASKING[config.mode], config.threshold),
+            mask_token_id=self.tokens.mask_token_id,
+            end_token_ids=self.tokens.end_token_ids,
+            seed=config.seed,
+            step=0,
+        )
+        prompt_ids, prompt_len = collate(prompts, self.tokens.pad_id)
+        limits = (self.context_len - prompt_len).clamp(max=config.max_new_tokens)
+        device = next(self.network.parameters()).device
+        engine = RolloutEngine(
+            self.network,
+            SamplingParams(config.temperature, config.top_k, config.top_p),
+            self.tokens.forbidden.to(device),
+            config.batch_size,
+        )
+        decode = engine.generate_autoregressive if config.mode == "autoregressive" else engine.generate
+        arguments = (prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
+        return decode(*(tensor.to(device) for tensor in arguments), settings, on_progress)
+
+    def texts(self, trajectory: Trajectory) -> list[str]:
+        """The responses as text, without special tokens."""
+        return [
+            self.tokenizer.decode(row[mask], skip_special_tokens=True)
+            for row, mask in zip(trajectory.token_ids, trajectory.is_response, strict=True)
+        ]
+
+    def pieces(self, token_ids: Tensor) -> list[str]:
+        """The text of each token by itself."""
+        return [self.tokenizer.decode([token_id]) for token_id in token_ids.tolist()]
+
+    @property
+    def context_len(self) -> int:
+        """Longest row the model was trained for, prompt and response together."""
+        return self.network.arch.max_position_embeddings
+
+    def _check_prompt(self, row: PromptRow, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"{row.where}: the prompt has no tokens")
+        if self.tokens.mask_token_id in ids:
+            raise ValueError(f"{row.where}: the prompt contains the mask token (id {self.tokens.mask_token_id})")
+        if len(ids) >= self.context_len:
+            raise ValueError(
+                f"{row.where}: the prompt has {len(ids)} tokens, which leaves no room for a response in the model's "
+                f"context of {self.context_len}"
+            )
+
+
+def _method_section(archive: Archive) -> dict[str, Any]:
+    opdlm: dict[str, Any] = archive.config.get("opdlm") or {}
+    for key in ("mask_token_id", "block_size"):
+        if opdlm.get(key) is None:
+            raise ArchiveError(f"{archive.source}: the archive names no {key}: it is no model of this kind")
+    return opdlm
