@@ -90,15 +90,12 @@ def load_prompts(
 
     Raises FileNotFoundError or ValueError, one line naming the culprit.
     """
-    templated = _resolve_chat_template(chat_template, tokenizer)
+    templated = resolve_chat_template(chat_template, tokenizer)
     _check_lengths(max_prompt_length, truncate_prompt_to, cuts_allowed=not templated and not domain_suffixes)
     rows = read_rows(path)
-    suffixes = [(domain_suffixes or {}).get(row.domain or "", "") for row in rows]
-    if templated:
-        texts = [_render(row, suffix, tokenizer, enable_thinking) for row, suffix in zip(rows, suffixes, strict=True)]
-    else:
-        texts = [_raw_text(row) + suffix for row, suffix in zip(rows, suffixes, strict=True)]
-    ids = _tokenize(texts, tokenizer, templated)
+    ids = encode_rows(
+        rows, tokenizer, templated=templated, enable_thinking=enable_thinking, domain_suffixes=domain_suffixes
+    )
     if truncate_prompt_to is not None:
         ids = [prompt[:truncate_prompt_to] for prompt in ids]
     for row, prompt in zip(rows, ids, strict=True):
@@ -120,7 +117,25 @@ def load_prompts(
     )
 
 
-def _resolve_chat_template(requested: bool | str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def encode_rows(
+    rows: Sequence[PromptRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    templated: bool,
+    enable_thinking: bool = False,
+    domain_suffixes: Mapping[str, str] | None = None,
+) -> list[list[int]]:
+    """Token ids of each row, through the chat template or as raw text. Raises ValueError naming a row it cannot encode."""
+    suffixes = [(domain_suffixes or {}).get(row.domain or "", "") for row in rows]
+    if templated:
+        texts = [_render(row, suffix, tokenizer, enable_thinking) for row, suffix in zip(rows, suffixes, strict=True)]
+    else:
+        texts = [_raw_text(row) + suffix for row, suffix in zip(rows, suffixes, strict=True)]
+    return _tokenize(texts, tokenizer, templated)
+
+
+def resolve_chat_template(requested: bool | str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether to apply the tokenizer's chat template; "auto" = if it has one. Raises ValueError if true and it has none."""
     if requested not in (True, False, "auto"):
         raise ValueError(f"chat_template must be true, false or 'auto', got {requested!r}")
     available = bool(tokenizer.chat_template)

@@ -94,15 +94,15 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     probabilities = ordered.softmax(-1)
     mass_before = probabilities.cumsum(-1) - probabilities
     keep = mass_before < top_p
-    keep[..., 0] = True
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token whose share of [0, 1) holds ``uniform``: first the cumulated probability exceeds it.
 
-    Rounding must neither select a token of probability 0 nor run past the last one: such tokens are taken out of the
-    comparison, and the threshold stays below the largest cumulated value, which therefore always exceeds it.
+    Rounding must neither select a token of probability 0 (sums in parallel may step up there) nor run past the last
+    one: such tokens are taken out of the comparison, and the threshold stays below the largest cumulated value, which
+    therefore always exceeds it.
     """
     cumulated = probabilities.cumsum(-1).masked_fill_(probabilities == 0, 0.0)
     total = cumulated.amax(-1)

@@ -31,6 +31,8 @@ class MetricsFile(Callback):
         self.path = Path(log_dir) / METRICS
         self._stream: TextIO | None = None
         self._last_step = 0
+        self._row: dict[str, Any] = {}
+        self._row_start = 0
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -53,9 +55,18 @@ class MetricsFile(Callback):
             return
         self._last_step = trainer.global_step
         metrics: Mapping[str, float] = pl_module.step_metrics  # type: ignore[assignment]
-        row = {"global_step": self._last_step, **{key: _finite(value) for key, value in metrics.items()}}
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._row = {"global_step": self._last_step, **{key: _finite(value) for key, value in metrics.items()}}
+        self._row_start = self._stream.tell()
+        self._write_row()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add `val_loss` to the line of the step after which the run was validated."""
+        if self._stream is None or not self._row or "val_loss" not in trainer.callback_metrics:
+            return
+        self._row["val_loss"] = _finite(float(trainer.callback_metrics["val_loss"]))
+        self._stream.truncate(self._row_start)
+        self._write_row()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,6 +74,11 @@ class MetricsFile(Callback):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def _write_row(self) -> None:
+        assert self._stream is not None
+        self._stream.write(json.dumps(self._row, allow_nan=False) + "\n")
+        self._stream.flush()
 
     def _open(self, trainer: Trainer, step: int) -> None:
         if not trainer.is_global_zero:

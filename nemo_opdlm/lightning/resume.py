@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_opdlm.lightning.callbacks import MetricsFile
+from nemo_opdlm.lightning.loops import ExactResumeLoop
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron import atomic_folder
 
@@ -19,7 +20,7 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
 
     NeMo marks a checkpoint as unfinished while it is saved or removed, and refuses to resume if the last one is marked.
     Ours are whole wherever they are there, so first the marks are brought in line with the folders. The callback that
-    writes `metrics.jsonl` is added, too.
+    writes `metrics.jsonl` and the loop that resumes exactly (instead of `disable_validation_on_resume`) are added.
 
     Args:
         trainer: without logger and without checkpoint callback.
@@ -38,6 +39,7 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _name_like_files(callback)
+    trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
     return Path(log_dir)

@@ -95,12 +95,12 @@ class AttentionContext:
         self.rule = rule
         self.inv_freq = inv_freq
         self.cache: KVCache | None = None
-        self._planned: tuple[Tensor, int, AttentionPlan] | None = None
+        self._planned: tuple[Tensor, int, AttentionRule, AttentionPlan] | None = None
 
     @contextlib.contextmanager
     def use_cache(self, cache: KVCache, rule: AttentionRule) -> Iterator[None]:
         """Let the model attend to ``cache`` under ``rule`` while the context lasts; its memory is released afterwards."""
-        previous_rule, self.cache, self.rule = self.rule, cache, rule
+        previous_rule, self.cache, self.rule, self._planned = self.rule, cache, rule, None
         try:
             yield
         finally:
@@ -113,16 +113,16 @@ class AttentionContext:
         keeps its tensor alive, so the address cannot be reused.
         """
         if self._planned is not None:
-            known, version, plan = self._planned
+            known, version, rule, plan = self._planned
             same_storage = known.data_ptr() == stacked.data_ptr() and known.shape == stacked.shape
-            if same_storage and version == stacked._version:
+            if same_storage and version == stacked._version and rule is self.rule:
                 return plan
         attributes = TokenAttributes.unstack(stacked)
         inv_freq = self.inv_freq.to(stacked.device)
         cos, sin = cos_sin(inv_freq, attributes.position_ids.transpose(0, 1))
         mask = None if self.cache is not None else dense(self.rule, attributes, attributes)
         plan = AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), mask)
-        self._planned = (stacked, stacked._version, plan)
+        self._planned = (stacked, stacked._version, self.rule, plan)
         return plan
 
 

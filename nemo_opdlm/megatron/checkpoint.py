@@ -103,7 +103,7 @@ def load_sharded(
     directory = Path(directory)
     metadata = on_every_rank(lambda: check(directory))
     request = dict_list_map_outplace(_without_extra_state, sharded_state_dict)
-    # As Megatron's own load: quantized parameters are filled from high precision, their scaling history stays untouched.
+    # As Megatron's own load: quantized parameters are filled from high precision, their scaling history is left alone.
     force_all_tensors_to_non_fp8(request)
     wanted, local_values, factories = load_preprocess(request)
     wanted, _ = extract_sharded_base(wanted)

@@ -1,8 +1,6 @@
 """The only call into Megatron's pipeline schedules: forward passes and forward-backward passes over micro-batches."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import TokenAttributes
+from nemo_opdlm.megatron.student import autocast
 
 #: (hidden states [B, N, hidden], micro-batch) -> (loss sum, count, detached metrics)
 LossFunction = Callable[[Tensor, "MicroBatch"], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -23,14 +22,6 @@ class MicroBatch:
     token_ids: Tensor
     attributes: TokenAttributes
     payload: Any = None
-
-
-def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to ``dtype``, or nothing.
-
-    It has to enclose a whole forward-backward call: Megatron's custom backward functions fail outside it on CPU.
-    """
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def _network(model: torch.nn.Module) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import HiddenStatesGPT, autocast
 from nemo_opdlm.vocab import LocalVocab, VocabReducer
 
 #: Logits alive at a time: few enough on a CPU that they stay near its caches, 512 rows of Qwen3's vocabulary on a GPU.
@@ -37,7 +37,9 @@ class LMHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
         hidden = copy_to_tensor_model_parallel_region(hidden, group=self.model.pg_collection.tp)
-        logits = F.linear(hidden, self.model.head_weight()).float()
+        # Targets and evaluations also ask outside of a forward pass and its autocast.
+        with autocast(self.model.options.autocast_dtype, hidden.device):
+            logits = F.linear(hidden, self.model.head_weight()).float()
         num_real = self.model.arch.vocab_size - self.vocab.start
         if num_real < logits.shape[-1]:
             is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real

@@ -4,7 +4,9 @@ The student attends by the block-diffusion rule, the teacher (``teacher.py``) is
 the final hidden states: the LM head runs only on the rows that need it (``head.py``).
 """
 
+import contextlib
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,6 +83,14 @@ class HiddenStatesGPT(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to ``dtype``, or nothing.
+
+    It has to enclose a whole forward-backward call: Megatron's custom backward functions fail outside it on CPU.
+    """
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def transformer_config(arch: Architecture, parallel: ParallelContext, options: ModelOptions) -> TransformerConfig:

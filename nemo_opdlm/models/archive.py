@@ -19,7 +19,6 @@ from nemo_opdlm.models.archive_format import (
     Archive,
     check_class,
     check_output,
-    check_weights,
     make_scratch,
     open_nemo,
     read_archive_config,
@@ -93,7 +92,6 @@ class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
             return _settings(read_archive_config(source), override_config_path)
         with _opened_once(source) as archive:
             check_class(archive, calling_cls.__name__)
-            check_weights(archive)
             model = _build(calling_cls, archive, _settings(archive.config, override_config_path), trainer)
             if map_location is not None:
                 model = model.to(map_location)

@@ -90,7 +90,7 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
 
     Raises:
         FileNotFoundError: there is no such path.
-        ArchiveError: it is no archive, damaged, of another kind, or a member of it is unsafe.
+        ArchiveError: it is no archive, damaged, of another kind, or a member of it is unsafe to load.
     """
     path = _existing(path)
     parent = _scratch_parent(path.parent, scratch)
@@ -102,7 +102,9 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
         config, tokenizer_files = _parse_config(path, _read_config_file(folder, path))
         _check_layout(path, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
         tokenizer = _lay_out_tokenizer(path, folder, tokenizer_files, Path(temporary) / "tokenizer")
-        yield Archive(path, folder, config, folder / WEIGHTS, tokenizer)
+        with _naming(path, folder):
+            _check_weights(folder)
+            yield Archive(path, folder, config, folder / WEIGHTS, tokenizer)
 
 
 def write_nemo(
@@ -187,20 +189,6 @@ def check_class(archive: Archive, name: str = MODEL_CLASS) -> None:
         )
 
 
-def check_weights(archive: Archive) -> None:
-    """Refuse damaged weights, and weights that would execute something when loaded.
-
-    Raises:
-        ArchiveError: one line that names the archive and the file in it.
-    """
-    from nemo_opdlm.megatron.safe_metadata import check  # torch.distributed, which reading the settings does without
-
-    try:
-        check(archive.weights)
-    except ValueError as error:
-        raise ArchiveError(f"{archive.source}: {str(error).replace(f'{archive.folder}/', '')}") from error
-
-
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without places of one machine: known path keys and absolute paths go, a tokenizer keeps its name."""
 
@@ -282,6 +270,24 @@ def _lay_out_tokenizer(path: Path, folder: Path, files: Mapping[str, str], targe
     return target
 
 
+@contextmanager
+def _naming(path: Path, folder: Path) -> Iterator[None]:
+    """Let errors about a file of the extracted folder name the archive: the folder is gone when the user looks."""
+    try:
+        yield
+    except ValueError as error:
+        if f"{folder}/" not in str(error):
+            raise
+        raise ArchiveError(f"{path}: {str(error).replace(f'{folder}/', '')}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse damaged weights, and weights that would execute something when loaded."""
+    from nemo_opdlm.megatron.safe_metadata import check  # torch.distributed: reading the settings does without
+
+    check(folder / WEIGHTS)
+
+
 def _scratch_parent(beside: Path, scratch: str | Path | None) -> Path:
     if scratch is not None:
         return Path(scratch)
@@ -329,4 +335,8 @@ def _write_folder(path: Path, members: Mapping[str, bytes], weights: Path) -> No
     path.mkdir()
     for name, content in members.items():
         (path / name).write_bytes(content)
-    shutil.copytree(weights, path / WEIGHTS)
+    for file in weights.rglob("*"):
+        if file.is_file():
+            target = path / WEIGHTS / file.relative_to(weights)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)

@@ -16,12 +16,12 @@ from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.megatron.forward import forward_backward
+from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer
 from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 from nemo_opdlm.models.method import Method
-from nemo_opdlm.megatron.network import Network
 
 Metrics = dict[str, float]
 
@@ -199,6 +199,7 @@ class OnPolicyDistiller:
     def state_dict(self) -> dict[str, object]:
         """The unfinished rollout batch and the token counts; targets are computed again from the teacher."""
         state: dict[str, object] = {
+            "updates_per_rollout": self.updates_per_rollout,
             "num_generated_tokens": self.num_generated_tokens,
             "num_trained_tokens": self.num_trained_tokens,
             "num_skipped": self.num_skipped,
@@ -211,7 +212,17 @@ class OnPolicyDistiller:
         return state
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continue where ``state_dict`` was taken, also between two updates of one rollout batch."""
+        """Continue where ``state_dict`` was taken, also between two updates of one rollout batch.
+
+        Raises:
+            ValueError: the update count would mean other rollout batches than it did.
+        """
+        if state["updates_per_rollout"] != self.updates_per_rollout:
+            raise ValueError(
+                f"model.global_batch_size={self.config.global_batch_size} makes {self.updates_per_rollout} updates of a "
+                f"rollout batch, the checkpoint was saved by a run that made {state['updates_per_rollout']}: resume it "
+                "with the batch sizes it was started with, or start a new run from its .nemo file"
+            )
         for name in ("num_generated_tokens", "num_trained_tokens", "num_skipped", "num_skipped_in_a_row"):
             setattr(self, name, int(state[name]))  # type: ignore[call-overload]
         if "trajectory" not in state:

@@ -1,11 +1,14 @@
 """The method's settings as the pure packages want them, from the schema's keys and the model's tokenizer."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nemo_opdlm.config import ModelConfig, OPDLMConfig
+from nemo_opdlm.data.tokenizer import forbidden_ids, resolve_end_token_ids
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import RolloutSettings
@@ -19,6 +22,9 @@ from nemo_opdlm.distillation.curriculum import (
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
 from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.student import HiddenStatesGPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,35 @@ class SpecialTokens:
     pad_id: int
     end_token_ids: tuple[int, ...]
     forbidden: Tensor
+
+    @staticmethod
+    def read(
+        tokenizer: "PreTrainedTokenizerBase",
+        vocab_size: int,
+        mask_token_id: int,
+        end_token_ids: Iterable[int] | None,
+        origin: Mapping[str, Any],
+    ) -> "SpecialTokens":
+        """Collect them for a model.
+
+        Args:
+            tokenizer: of the model.
+            vocab_size: true rows of the vocabulary.
+            mask_token_id: of the model.
+            end_token_ids: None = the tokenizer's and those of the model's generation defaults.
+            origin: what the archive remembers of the converted model.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary, or the mask token has another role.
+        """
+        if end_token_ids is None:
+            # Chat models name further end tokens in their generation defaults only.
+            named = (origin.get("generation_config") or {}).get("eos_token_id")
+            more = named if isinstance(named, list) else [] if named is None else [named]
+            end_token_ids = {*resolve_end_token_ids(tokenizer), *more}
+        ends, pad_id = tuple(sorted(end_token_ids)), tokenizer.pad_token_id
+        forbidden = forbidden_ids(tokenizer, vocab_size, mask_token_id, pad_id, end_token_ids=ends)
+        return SpecialTokens(mask_token_id, 0 if pad_id is None else int(pad_id), ends, forbidden)
 
 
 @dataclass(frozen=True)

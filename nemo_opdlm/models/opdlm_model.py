@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from nemo.utils import logging
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_opdlm.config import Architecture, ModelConfig
@@ -18,13 +18,15 @@ from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron.head import LMHead
+from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
+from nemo_opdlm.models.archive import OPDLMSaveRestoreConnector
+from nemo_opdlm.models.conversion import precision_name
 from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
-from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.models.settings import (
     HELDOUT_SAMPLING,
     heldout_settings,
@@ -62,6 +64,7 @@ class OPDLMModel(ModelPT):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
+        self._save_restore_connector = OPDLMSaveRestoreConnector()
         self.automatic_optimization = False
         self.config: ModelConfig
         self.arch: Architecture
@@ -74,6 +77,10 @@ class OPDLMModel(ModelPT):
             self.config.seed,
         )
         self.options = model_options(self.config, precision)
+        with open_dict(self.cfg):
+            # What an archive says is how its weights are stored, not under which autocast they were trained.
+            self.cfg.precision = precision_name(self.options.params_dtype)
+            self._clip_grad = self.cfg.pop("gradient_clip_val", None)
         self.model = build_model(self.arch, self.parallel, AttentionRule.BLOCK_DIFFUSION, self.options)
         folder = self.config.tokenizer.type
         #: Name -> content, for the archive.
@@ -85,12 +92,17 @@ class OPDLMModel(ModelPT):
         self._train_prompts: PromptDataset | None = None
         self._heldout_prompts: PromptDataset | None = None
         self._heldout: HeldoutSet | None = None
-        self._restored: dict[str, Any] | None = None
 
     @classmethod
     def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> "OPDLMModel":  # type: ignore[override]
         """Build from a config; NeMo's default would look the class up in a list that plugins cannot enter."""
         return cls(cfg=config, trainer=trainer)
+
+    @classmethod
+    def restore_from(cls, *args: Any, save_restore_connector: Any = None, **kwargs: Any) -> "OPDLMModel":  # type: ignore[override]
+        """Restore from a ``.nemo`` archive or an extracted one; see ``OPDLMSaveRestoreConnector.restore_from``."""
+        connector = save_restore_connector or OPDLMSaveRestoreConnector()
+        return super().restore_from(*args, save_restore_connector=connector, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def list_available_models(cls) -> list[Any]:
@@ -134,7 +146,7 @@ class OPDLMModel(ModelPT):
         if stage != "fit":
             return
         assert self.tokens is not None and self._train_prompts is not None
-        settings = optimizer_settings(self.config, self.trainer.max_steps, self.cfg.get("gradient_clip_val"))
+        settings = optimizer_settings(self.config, self.trainer.max_steps, self._clip_grad)
         ddp = megatron_optimizer.wrap(self.model, self.parallel, settings)
         self._optimizer = megatron_optimizer.StudentOptimizer(ddp, settings)
         method = self.method
@@ -166,13 +178,6 @@ class OPDLMModel(ModelPT):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Megatron's optimizer, as Lightning wants to see it."""
         return MegatronOptimizerHandle(self._optimizer.megatron.param_groups, self._optimizer.step)
-
-    def on_fit_start(self) -> None:
-        """Continue the unfinished rollout batch of a restored run."""
-        super().on_fit_start()
-        if self._restored is not None:
-            self.distiller.load_state_dict(self._restored)
-            self._restored = None
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
@@ -212,9 +217,9 @@ class OPDLMModel(ModelPT):
         checkpoint["lr_scheduler"] = self._optimizer.scheduler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the schedule; the rollout batch waits until the teacher can be asked again."""
+        """Take the schedule and continue the unfinished rollout batch; the strategy loads checkpoints after ``setup``."""
         self._optimizer.scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        self._restored = checkpoint["opdlm"]
+        self.distiller.load_state_dict(checkpoint["opdlm"])
 
     @property
     def vocab_size(self) -> int:

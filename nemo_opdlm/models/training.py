@@ -10,12 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_opdlm.config import Architecture, Config, PromptFileConfig, to_container, validate_architecture
 from nemo_opdlm.data.prompts import PromptDataset, load_prompts
-from nemo_opdlm.data.tokenizer import forbidden_ids, load_tokenizer, resolve_end_token_ids
-from nemo_opdlm.lightning.callbacks import MetricsFile, StepProgressBar
+from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron.teacher import Teacher
-from nemo_opdlm.models.archive import OPDLMSaveRestoreConnector
 from nemo_opdlm.models.archive_format import Archive, ArchiveError, check_class, open_nemo
 from nemo_opdlm.models.conversion import archive_architecture, read_weights
 from nemo_opdlm.models.method import SpecialTokens
@@ -51,11 +50,11 @@ def train(config: Config) -> OPDLMModel:
     trainer = _trainer(config)
     if trainer.world_size > 1:
         raise ValueError(f"trainer.devices={config.trainer.devices!r} is {trainer.world_size} ranks here: set it to 1")
-    manager = replace(config.exp_manager, name=config.exp_manager.name or config.name)
-    log_dir = start_experiment(trainer, to_container(manager))
-    trainer.callbacks.append(MetricsFile(log_dir))
-    logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
+    # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
     model = restore(inputs, trainer)
+    manager = replace(config.exp_manager, name=config.exp_manager.name or config.name)
+    start_experiment(trainer, to_container(manager))
+    logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
     trainer.fit(model)
     return model
 
@@ -78,7 +77,11 @@ def read_inputs(config: Config) -> Inputs:
             raise ArchiveError(f"{path}: the archive holds no tokenizer: set model.tokenizer.type to a folder")
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.tokenizer.trust_remote_code)
         data, origin = config.model.data, dict(archive.config.get("origin") or {})
-        tokens = _special_tokens(config, tokenizer, origin, arch)
+        opdlm = config.model.opdlm
+        assert opdlm.mask_token_id is not None
+        tokens = SpecialTokens.read(
+            tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin
+        )
         train_prompts = _prompts(data.train_ds, tokenizer, tokens)
         return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
 
@@ -93,7 +96,6 @@ def restore(inputs: Inputs, trainer: Trainer | None = None) -> OPDLMModel:
         str(config.model.restore_from_path),
         override_config_path=_model_config(inputs),
         trainer=trainer,
-        save_restore_connector=OPDLMSaveRestoreConnector(),
     )
     if inputs.train is not None or inputs.heldout is not None:
         model.use_prompts(inputs.tokens, inputs.train, inputs.heldout)
@@ -112,20 +114,6 @@ def _with_archive(config: Config, archive: Archive, arch: Architecture) -> Confi
         opdlm = replace(opdlm, mask_token_id=int(stored))
     shape = {field.name: getattr(arch, field.name) for field in fields(Architecture)}
     return replace(config, model=replace(config.model, opdlm=opdlm, **shape))
-
-
-def _special_tokens(config: Config, tokenizer: Any, origin: dict[str, Any], arch: Architecture) -> SpecialTokens:
-    mask_token_id = config.model.opdlm.mask_token_id
-    assert mask_token_id is not None
-    end_token_ids = config.model.opdlm.rollout.end_token_ids
-    if end_token_ids is None:
-        # Chat models name further end tokens in their generation defaults only.
-        named = (origin.get("generation_config") or {}).get("eos_token_id")
-        more = named if isinstance(named, list) else [] if named is None else [named]
-        end_token_ids = tuple(sorted({*resolve_end_token_ids(tokenizer), *more}))
-    pad_id = tokenizer.pad_token_id
-    forbidden = forbidden_ids(tokenizer, arch.vocab_size, mask_token_id, pad_id, end_token_ids=end_token_ids)
-    return SpecialTokens(mask_token_id, 0 if pad_id is None else int(pad_id), tuple(end_token_ids), forbidden)
 
 
 def _prompts(data: PromptFileConfig, tokenizer: Any, tokens: SpecialTokens) -> PromptDataset | None:

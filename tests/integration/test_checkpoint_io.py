@@ -199,12 +199,13 @@ def fit(
     max_steps: int,
     *,
     killed_before: int | None = None,
+    updates_per_epoch: int = 1000,
     callbacks: list[Callback] | None = None,
     trainer_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> ToyModel:
     """Start the same command (again)."""
-    model = make_model(stop_before_step=killed_before)
+    model = make_model(stop_before_step=killed_before, updates_per_epoch=updates_per_epoch)
     trainer = make_trainer(max_steps, callbacks=callbacks or [], **(trainer_changes or {}))
     start_experiment(trainer, experiment(folder, **changes))
     if killed_before is None:
@@ -241,6 +242,39 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, when: dict
     assert [row["global_step"] for row in metrics(tmp_path / "resumed")] == list(range(1, 11))
     assert checkpoints(tmp_path / "resumed") == checkpoints(tmp_path / "through")
     assert len(checkpoints(tmp_path / "resumed")) == 3 and len(last_steps(tmp_path / "resumed")) == 1
+
+
+class SeesValidations(Callback):
+    """Notes the steps after which a validation took place."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("check_every", "expected"), [(None, [4, 8, 12, 16, 20]), (1, [4, 10, 16])])
+@pytest.mark.parametrize("killed_before", [4, 7, 16])
+def test_validations_take_place_once_each_whatever_the_restart(
+    tmp_path: Path, check_every: int | None, expected: list[int], killed_before: int
+) -> None:
+    """Checkpoints every third update: before a validation, at the last batch of an epoch of six, after a validation."""
+    seen = SeesValidations()
+    changes = {"check_val_every_n_epoch": check_every, "val_check_interval": 4}
+    for kill in (killed_before, None):
+        fit(
+            tmp_path,
+            20,
+            killed_before=kill,
+            updates_per_epoch=6,
+            callbacks=[seen],
+            trainer_changes=changes,
+            every_n_train_steps=3,
+            every_n_epochs=None,
+        )
+    assert seen.steps == expected
+    assert [row["global_step"] for row in metrics(tmp_path)] == list(range(1, 21))
 
 
 def test_finished_run_started_again_keeps_its_metrics_and_trains_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ CONFIG = {
     "num_layers": 2,
     "tensor_model_parallel_size": 1,
     "precision": "32",
+    "updates_per_epoch": 1000,
     "stop_before_step": None,
     "tokenizer": {"library": "huggingface", "type": "toy"},
     "data": {"train_ds": {"file_path": "prompts.jsonl"}},
@@ -108,7 +109,7 @@ class ToyModel(ModelPT):
     def setup_validation_data(self, val_data_config: Any) -> None: ...
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(range(1000))  # type: ignore[arg-type]
+        return DataLoader(range(self.cfg.updates_per_epoch))  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(range(1))  # type: ignore[arg-type]

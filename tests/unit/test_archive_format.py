@@ -2,23 +2,27 @@
 
 import gzip
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from nemo_opdlm.models.archive_format import (
     check_class,
     check_output,
-    check_weights,
     open_nemo,
     portable_config,
     read_archive_config,
     write_nemo,
 )
 from nemo_opdlm.models.safe_tar import ArchiveError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch says that there is no process group
 
 CONFIG = {
     "num_layers": 2,
@@ -34,11 +38,11 @@ TOKENIZER = {"tokenizer.json": b'{"a": 1}', "chat_template.jinja": "{{ ü }}".en
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A folder that looks like a distributed checkpoint from outside."""
+    """A small distributed checkpoint as Megatron lays it out."""
     folder = tmp_path / "weights"
-    folder.mkdir()
-    for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
-        (folder / name).write_bytes(name.encode() * 100)
+    dcp.save({"model.a": torch.arange(500.0)}, checkpoint_id=folder)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     return folder
 
 
@@ -222,15 +226,13 @@ def test_files_that_are_no_archives_are_refused(nemo: Path, data: bytes) -> None
         read_archive_config(nemo)
 
 
-def test_archive_cut_off_anywhere_is_refused(nemo: Path, weights: Path) -> None:
+def test_archive_cut_off_anywhere_is_refused(nemo: Path) -> None:
     whole = nemo.read_bytes()
     with tarfile.open(nemo) as tar:
         end = max(member.offset_data + member.size for member in tar)
     for length in range(1, end, 1999):
         nemo.write_bytes(whole[:length])
-        with pytest.raises(ArchiveError), open_nemo(nemo) as archive:
-            assert content(archive.weights) != content(weights)
-            check_weights(archive)
+        assert refusal(nemo)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -238,10 +240,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_unsafe_weights_are_named_by_archive_and_member(nemo: Path) -> None:
-    with open_nemo(nemo) as archive, pytest.raises(ArchiveError) as caught:
-        check_weights(archive)
-    assert str(caught.value).startswith(f"{nemo}: model_weights/metadata.json is damaged")
+def test_unsafe_weights_are_named_by_archive_and_member(tmp_path: Path, weights: Path) -> None:
+    (weights / ".metadata").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    path = tmp_path / "toy.nemo"
+    write_nemo(path, CONFIG, weights, {})
+    assert refusal(path).startswith(f"{path}: model_weights/.metadata is refused: it refers to os.system")
 
 
 def test_models_of_another_class_are_refused(tmp_path: Path, weights: Path) -> None:

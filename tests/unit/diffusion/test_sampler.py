@@ -63,6 +63,7 @@ def test_equals_the_slow_loop_without_a_cache(block_size: int, steps: int, strat
         assert trajectory.finish_reason[row] == expected.finish_reason
         assert trajectory.num_forwards[row] == expected.num_forwards
         assert trajectory.row_end[row] == end and (trajectory.unmask_step[row, end:] == NEVER_UNMASKED).all()
+        assert not trajectory.token_ids[row, end:].any(), "no masks are left behind as padding"
 
 
 @pytest.mark.parametrize(

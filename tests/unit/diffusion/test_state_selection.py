@@ -90,12 +90,11 @@ def test_all_states_are_the_states_of_every_block_once(block_size: int) -> None:
             assert copies == possible + [frozenset()] * (max(most) - len(possible))
 
 
-def test_the_states_of_a_block_are_equally_likely_and_blocks_and_copies_independent() -> None:
-    # 3000 samples of one trajectory: block 4..7 has three states, block 8..11 two.
+def copies_of_one_trajectory(num: int) -> Trajectory:
+    """As many samples with the same text: block 4..7 has three states, block 8..11 two."""
     steps = [0, 0, 0, 0, 3, 1, 2, 1, 5, 4, 4, 5]
-    num = 3000
     lengths = {"prompt_len": 4, "response_len": 8, "finish_reason": FinishReason.LENGTH, "num_forwards": 5}
-    trajectory = Trajectory(
+    return Trajectory(
         token_ids=torch.ones(num, 12, dtype=torch.int64),
         unmask_step=torch.tensor(steps, dtype=torch.int32).expand(num, -1),
         confidence=torch.zeros(num, 12),
@@ -103,16 +102,31 @@ def test_the_states_of_a_block_are_equally_likely_and_blocks_and_copies_independ
         block_size=4,
         **{name: torch.full((num,), int(value)) for name, value in lengths.items()},
     )
+
+
+def test_the_states_of_a_block_are_equally_likely_and_blocks_and_copies_independent() -> None:
+    num = 3000
+    trajectory = copies_of_one_trajectory(num)
     states = one_state_per_block(trajectory, MASK_TOKEN_ID, num_states=2, seed=0, step=1)
     num_masked = (states.state_ids == MASK_TOKEN_ID).view(num, 2, 3, 4).sum(-1)
     assert not num_masked[:, :, 0].any()
-    draws = num_masked[:, :, 1:].flatten(1).tolist()
-    counts = Counter(tuple(draw) for draw in draws)
+    counts = Counter(tuple(draw) for draw in num_masked[:, :, 1:].flatten(1).tolist())
     # (first copy, second copy) x (first block in {4, 2, 1} masks, second block in {4, 2}): 36 outcomes.
     outcomes = [(a, x, c, y) for a in (4, 2, 1) for x in (4, 2) for c in (4, 2, 1) for y in (4, 2)]
     assert set(counts) == set(outcomes)
     chi_square = sum((counts[outcome] - num / 36) ** 2 / (num / 36) for outcome in outcomes)
     assert chi_square < 35 + 5 * (2 * 35) ** 0.5
+
+
+def test_random_masks_spread_evenly_over_positions_and_independently_over_blocks_and_copies() -> None:
+    num = 3000
+    states = random_mask(copies_of_one_trajectory(num), MASK_TOKEN_ID, num_states=2, seed=0, step=1)
+    masked = states.loss_mask[:, :, 4:].double()
+    # t ~ U(0, 1), and one position of four where none was drawn, which happens with probability 1/5.
+    torch.testing.assert_close(masked.mean(0), torch.full((2, 8), 0.55, dtype=torch.float64), atol=0.05, rtol=0)
+    share = masked.view(num, 2, 2, 4).mean(-1).flatten(1)
+    correlation = share.T.corrcoef() - torch.eye(4)
+    assert correlation.abs().max() < 5 / num**0.5
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
