@@ -14,7 +14,7 @@ from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import CachedQuery, KVCache
 from nemo_opdlm.megatron.forward import MicroBatch, forward_only
 from nemo_opdlm.megatron.head import LMHead
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import HiddenStatesGPT, autocast
 
 
 class MegatronDenoiser:
@@ -190,27 +190,39 @@ class RolloutEngine:
     ) -> Trajectory:
         was_training = self.model.training
         self.model.eval()
-        parts = []
         try:
-            for rows in torch.arange(prompt_ids.shape[0], device=prompt_ids.device).split(self.max_batch_size):
-                longest = int((prompt_len[rows] + max_new_tokens[rows]).max())
-                length = -(-longest // settings.block_size) * settings.block_size
-                cache = KVCache(rows.numel(), length)
-                denoiser = denoiser_type(
-                    self.model, cache, settings.block_size, settings.mask_token_id, self.sampling, self.forbidden
-                )
-                with self.model.attention.use_cache(cache, rule):
-                    parts.append(
-                        rollout(
-                            denoiser,
-                            prompt_ids[rows],
-                            prompt_len[rows],
-                            max_new_tokens[rows],
-                            sample_ids[rows],
-                            settings,
-                            on_progress,
-                        )
+            # One region around all forwards: weights are cast once per rollout, not once per forward.
+            with autocast(self.model.options.autocast_dtype, prompt_ids.device):
+                batches = torch.arange(prompt_ids.shape[0], device=prompt_ids.device).split(self.max_batch_size)
+                parts = [
+                    self._decode_batch(
+                        denoiser_type,
+                        rule,
+                        (prompt_ids[rows], prompt_len[rows], max_new_tokens[rows], sample_ids[rows]),
+                        settings,
+                        on_progress,
                     )
+                    for rows in batches
+                ]
         finally:
             self.model.train(was_training)
         return Trajectory.cat(parts)
+
+    def _decode_batch(
+        self,
+        denoiser_type: type[MegatronDenoiser],
+        rule: AttentionRule,
+        requests: tuple[Tensor, Tensor, Tensor, Tensor],
+        settings: RolloutSettings,
+        on_progress: Callable[..., None] | None,
+    ) -> Trajectory:
+        """Decode rows that fit one cache, whose memory is released afterwards."""
+        _, prompt_len, max_new_tokens, _ = requests
+        longest = int((prompt_len + max_new_tokens).max())
+        length = -(-longest // settings.block_size) * settings.block_size
+        cache = KVCache(prompt_len.numel(), length)
+        denoiser = denoiser_type(
+            self.model, cache, settings.block_size, settings.mask_token_id, self.sampling, self.forbidden
+        )
+        with self.model.attention.use_cache(cache, rule):
+            return rollout(denoiser, *requests, settings, on_progress)

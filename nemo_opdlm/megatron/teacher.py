@@ -1,6 +1,6 @@
 """The frozen autoregressive teacher: one causal pass per rollout batch gives the targets of every state and update of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -71,7 +71,9 @@ class Teacher:
     def __init__(
         self, arch: Architecture, parallel: ParallelContext, options: ModelOptions, micro_batch_size: int
     ) -> None:
-        self.network: HiddenStatesGPT = build_model(arch, parallel, AttentionRule.CAUSAL, options)
+        # Frozen weights need no fp32 master copy: what autocast would cast for every pass is held in that dtype.
+        held = replace(options, params_dtype=options.autocast_dtype or options.params_dtype, autocast_dtype=None)
+        self.network: HiddenStatesGPT = build_model(arch, parallel, AttentionRule.CAUSAL, held)
         self.network.eval().requires_grad_(False)
         self.head = LMHead(self.network)
         self.micro_batch_size = micro_batch_size
