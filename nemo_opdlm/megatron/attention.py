@@ -82,11 +82,6 @@ class KVCache:
         """Keys and values ``[slots, groups, length, head_dim]`` of a layer (from 1) that has been written."""
         return self._layers[layer_number]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the cache holds on this process."""
-        return sum(store.numel() * store.element_size() for pair in self._layers.values() for store in pair)
-
 
 class AttentionContext:
     """State that the layers of one model share: the rule, the rotary table, the plan of the current batch, the cache."""

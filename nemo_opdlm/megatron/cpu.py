@@ -17,6 +17,8 @@ CPU = torch.device("cpu")
 #: The versions whose CUDA requests are known to be covered; each is checked by ``tests/unit/megatron/test_cpu.py``.
 TESTED = (Version("0.16.1"), Version("0.20"))
 
+_TENSOR_CUDA, _TENSOR_TYPE = torch.Tensor.cuda, torch.Tensor.type
+
 _active_mode: "CudaRequestsOnCpu | None" = None
 
 
@@ -29,17 +31,19 @@ def _asks_for_cuda(device: Any) -> bool:
 class CudaRequestsOnCpu(TorchFunctionMode):
     """Answers ``device="cuda"`` with the CPU and names CPU tensor types as Megatron's optimizer expects them."""
 
+    # Called for every torch call of the process, some hundred times in a forward pass: nothing here is looked up twice.
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Dispatch one torch call with its CUDA requests redirected."""
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda:
+        if kwargs:
+            if _asks_for_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            return func(*args, **kwargs) if func is not _TENSOR_CUDA else args[0]
+        if func is _TENSOR_CUDA:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if func is _TENSOR_TYPE and len(args) == 1:
             # Megatron's optimizer and clipping compare type strings with "torch.cuda.FloatTensor".
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if _asks_for_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 class _NoStream:

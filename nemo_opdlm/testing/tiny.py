@@ -9,6 +9,7 @@ import torch
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.convert.hugging_face import HfImport
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.megatron.optimizer import OptimizerSettings
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions, build_model
 
@@ -115,6 +116,24 @@ def architecture(**changes: Any) -> Architecture:
         "init_method_std": 0.2,
     }
     return Architecture(**{**shape, **changes})
+
+
+def optimizer_settings(**changes: Any) -> OptimizerSettings:
+    """AdamW with steps that are large for a tiny network, without warm-up."""
+    settings = {
+        "lr": 1e-2,
+        "min_lr": 1e-3,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "clip_grad": 1.0,
+        "decoupled_weight_decay": True,
+        "distributed": False,
+        "decay_style": "cosine",
+        "warmup_steps": 0,
+        "decay_steps": 10,
+    }
+    return OptimizerSettings(**{**settings, **changes})
 
 
 def random_network(

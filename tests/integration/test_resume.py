@@ -1,0 +1,149 @@
+"""An interrupted run that is started again becomes the run that was never interrupted, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_opdlm.models.conversion import convert_hf_to_nemo
+from nemo_opdlm.models.opdlm_model import OPDLMModel
+from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs, write_tiny_archive
+
+PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"
+CHECKPOINTS = (
+    "exp_manager.create_checkpoint_callback=true",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+    "exp_manager.checkpoint_callback_params.save_top_k=1",
+)
+#: Keeps its length when a run is cut short.
+SCHEDULE = "model.optim.sched.max_steps=10"
+#: The quickstart's model and settings, cut to two updates per rollout batch and short responses.
+QUICKSTART = (
+    "+experiment=quickstart",
+    f"model.data.train_ds.file_path={PROMPTS / 'passages_train.jsonl'}",
+    f"model.data.validation_ds.file_path={PROMPTS / 'passages_heldout.jsonl'}",
+    "model.data.validation_ds.num_samples=4",
+    "model.data.validation_ds.response_length=8",
+    "model.data.train_ds.truncate_prompt_to=10",
+    "model.opdlm.rollout.num_prompts_per_step=16",
+    "model.opdlm.rollout.max_new_tokens=8",
+    "model.global_batch_size=8",
+    "model.micro_batch_size=8",
+    "model.optim.sched.warmup_steps=2",
+    "trainer.val_check_interval=2",
+    *CHECKPOINTS,
+)
+
+
+@pytest.fixture(scope="module")
+def archive(glassllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The override that names the quickstart's AR model."""
+    path = tmp_path_factory.mktemp("glassllm") / "glassllm.nemo"
+    convert_hf_to_nemo(glassllm_folder, path)
+    return f"model.restore_from_path={path}"
+
+
+def everything(model: OPDLMModel) -> dict[str, Any]:
+    """Weights, fp32 master weights, moments, step counts, learning rate and schedule."""
+    optimizer = model.distiller.optimizer
+    state: dict[str, Any] = {f"weights.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    for name, parameter in model.model.named_parameters():
+        if hasattr(parameter, "main_param"):
+            state[f"master.{name}"] = parameter.main_param
+    for part in optimizer.megatron.chained_optimizers:
+        for number, moments in enumerate(part.optimizer.state.values()):
+            state |= {f"moments.{number}.{name}": value for name, value in moments.items()}
+    return {**state, "lr": optimizer.lr, **optimizer.scheduler.state_dict()}
+
+
+def assert_identical(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        same = torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        assert same, name
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(archive: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """State and metrics of a run of 6 updates in one go."""
+    log_dir = tmp_path_factory.mktemp("uninterrupted")
+    model = run(log_dir, *QUICKSTART, archive, "trainer.max_steps=6")
+    return everything(model), read_metrics(log_dir)
+
+
+@pytest.mark.parametrize("first_leg", [3, 4])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    first_leg: int, uninterrupted: tuple[dict[str, Any], list[dict[str, Any]]], archive: str, tmp_path: Path
+) -> None:
+    """After 3 updates the second rollout batch is half used, after 4 a new one is due."""
+    run(tmp_path, *QUICKSTART, archive, f"trainer.max_steps={first_leg}")
+    resumed = run(tmp_path, *QUICKSTART, archive, "trainer.max_steps=6")
+    state, rows = uninterrupted
+    moments = [name for name in state if name.startswith("moments.")]
+    assert len(moments) >= 2 * len(list(resumed.model.parameters()))
+    assert_identical(state, everything(resumed))
+    found = read_metrics(tmp_path)
+    assert [row["global_step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row["rollout_step"] for row in found] == [1, 1, 2, 2, 3, 3]
+    assert without_times(found) == without_times(rows)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_fp32_master_weights_and_moments_survive_an_interruption_in_bf16(precision: str, tmp_path: Path) -> None:
+    overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, f"trainer.precision={precision}")
+    whole = everything(run(tmp_path / "whole", *overrides, "trainer.max_steps=5", SCHEDULE))
+    run(tmp_path / "parts", *overrides, "trainer.max_steps=3", SCHEDULE)
+    assert_identical(whole, everything(run(tmp_path / "parts", *overrides, "trainer.max_steps=5", SCHEDULE)))
+    assert any(name.startswith("master.") for name in whole) == (precision == "bf16")
+
+
+# -- checkpoints that do not fit --
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Log folder and overrides of a run of one update, with its checkpoint."""
+    overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS)
+    run(tmp_path / "log", *overrides, "trainer.max_steps=1")
+    return tmp_path / "log", overrides
+
+
+def checkpoint_files(log_dir: Path) -> dict[str, bytes]:
+    folder = log_dir / "checkpoints"
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_refused(log_dir: Path, pattern: str, *overrides: str) -> None:
+    before = checkpoint_files(log_dir)
+    with pytest.raises(ValueError, match=pattern) as error:
+        run(log_dir, *overrides)
+    assert "\n" not in str(error.value)
+    assert checkpoint_files(log_dir) == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_left_as_it_is(begun: tuple[Path, tuple[str, ...]]) -> None:
+    log_dir, overrides = begun
+    for file in (log_dir / "checkpoints").glob("*/trainer_state.pt"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert_refused(log_dir, r"checkpoints/.*trainer_state\.pt is damaged", *overrides)
+
+
+def test_the_checkpoint_of_another_network_is_refused_by_tensor(
+    begun: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    log_dir, overrides = begun
+    other = write_tiny_archive(tmp_path, "llama")
+    assert_refused(log_dir, r"checkpoints/.*linear_proj.* shape", *overrides, f"model.restore_from_path={other}")
+
+
+def test_batch_sizes_that_would_give_the_update_count_another_meaning_are_refused(
+    begun: tuple[Path, tuple[str, ...]],
+) -> None:
+    log_dir, overrides = begun
+    assert_refused(log_dir, r"model\.global_batch_size=8 makes 1 updates .* 2:", *overrides, "model.global_batch_size=8")

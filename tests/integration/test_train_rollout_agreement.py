@@ -1,0 +1,278 @@
+"""Training sees what the rollout saw: the two-stream forward at a visited state gives the logits of cached decoding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
+from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
+from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.sampler import RolloutSettings, rollout
+from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states
+from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
+from nemo_opdlm.distillation.divergence import DivergenceSpec
+from nemo_opdlm.distillation.loss import Normalization
+from nemo_opdlm.megatron.attention import KVCache
+from nemo_opdlm.megatron.forward import MicroBatch, forward_backward, forward_only
+from nemo_opdlm.megatron.head import LMHead
+from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
+from nemo_opdlm.megatron.parallel import ParallelContext
+from nemo_opdlm.megatron.rollout import MegatronDenoiser
+from nemo_opdlm.megatron.step import distillation_loss, micro_batches
+from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions
+from nemo_opdlm.megatron.teacher import Teacher
+from nemo_opdlm.testing import tiny
+
+TOLERANCE = 1e-4
+STATIC, DYNAMIC = RemaskingStrategy.LOW_CONFIDENCE_STATIC, RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC
+BLOCK_SIZES = (1, 2, 4, 8)
+END_TOKEN_IDS = tuple(range(30, 36))
+
+#: (row, forward of the row, position) -> the logits that the rollout saw there
+Recording = dict[tuple[int, int, int], Tensor]
+
+
+class RecordingDenoiser(MegatronDenoiser):
+    """Keeps the logits of every forward, and how many forwards the network ran."""
+
+    def __init__(self, model: HiddenStatesGPT, num_rows: int, length: int, block_size: int) -> None:
+        forbidden = torch.arange(model.arch.vocab_size) >= tiny.NUM_TOKENS
+        super().__init__(
+            model, KVCache(num_rows, length), block_size, tiny.MASK_TOKEN_ID, SamplingParams(temperature=1.0), forbidden
+        )
+        self.recording: Recording = {}
+        self.forwards_of_row = [0] * num_rows
+        self.num_prefills = self.num_proposals = 0
+        self._places: list[tuple[int, int, int]] = []
+
+    def prefill(self, *query: Tensor) -> None:
+        self.num_prefills += 1
+        super().prefill(*query)
+
+    def propose(
+        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
+    ) -> Proposal:
+        self.num_proposals += 1
+        for row in rows.tolist():
+            self.forwards_of_row[row] += 1
+        is_masked = token_ids[:, -self.block_size :] == self.mask_token_id
+        row, column = is_masked.nonzero(as_tuple=True)
+        positions = position_ids[:, -self.block_size :][row, column].tolist()
+        self._places = [
+            (owner, self.forwards_of_row[owner], position)
+            for owner, position in zip(rows[row].tolist(), positions, strict=True)
+        ]
+        return super().propose(rows, token_ids, position_ids, valid, uniform)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().logits(hidden)
+        self.recording |= dict(zip(self._places, logits, strict=True))
+        return logits
+
+
+class SeparatelyCommittingDenoiser(RecordingDenoiser):
+    """Spends a forward of its own on writing the pending block's keys, as samplers without the fused commit do."""
+
+    def propose(
+        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
+    ) -> Proposal:
+        if token_ids.shape[1] == 2 * self.block_size:
+            pending, block = slice(0, self.block_size), slice(self.block_size, None)
+            has_pending = valid[:, 0]
+            super().prefill(
+                rows[has_pending],
+                token_ids[has_pending, pending],
+                position_ids[has_pending, pending],
+                valid[has_pending, pending],
+            )
+            token_ids, position_ids, valid = token_ids[:, block], position_ids[:, block], valid[:, block]
+        return super().propose(rows, token_ids, position_ids, valid, uniform)
+
+
+def settings(block_size: int, strategy: RemaskingStrategy, seed: int = 3) -> RolloutSettings:
+    # Tiny random networks are unsure of everything: a low threshold reveals several positions at a time.
+    return RolloutSettings(
+        block_size=block_size,
+        denoising_steps=block_size,
+        remasking=RemaskingParams(strategy, threshold=0.06),
+        mask_token_id=tiny.MASK_TOKEN_ID,
+        end_token_ids=END_TOKEN_IDS,
+        seed=seed,
+        step=1,
+    )
+
+
+def prompts(block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts of every remainder, below one block and beyond two, and length limits of every kind."""
+    num_rows = 2 * block_size + 3
+    prompt_len = 1 + torch.arange(num_rows)
+    generator = torch.Generator().manual_seed(block_size)
+    prompt_ids = torch.randint(4, 30, (num_rows, num_rows), generator=generator)
+    max_new_tokens = torch.randint(1, 4 * block_size + 2, (num_rows,), generator=generator)
+    return prompt_ids, prompt_len, max_new_tokens, torch.arange(num_rows)
+
+
+@contextmanager
+def evaluating(network: HiddenStatesGPT) -> Iterator[None]:
+    network.eval()
+    with torch.no_grad():
+        yield
+    network.train()
+
+
+def record(
+    network: HiddenStatesGPT,
+    block_size: int,
+    strategy: RemaskingStrategy,
+    denoiser_type: type[RecordingDenoiser] = RecordingDenoiser,
+) -> tuple[Trajectory, RecordingDenoiser]:
+    """Roll out, and keep what the rollout saw."""
+    requests = prompts(block_size)
+    longest = int((requests[1] + requests[2]).max())
+    denoiser = denoiser_type(network, len(requests[1]), -(-longest // block_size) * block_size, block_size)
+    with evaluating(network), network.attention.use_cache(denoiser.cache, network.attention.rule):
+        return rollout(denoiser, *requests, settings(block_size, strategy)), denoiser
+
+
+def training_logits(
+    network: HiddenStatesGPT, trajectory: Trajectory, states: DenoisingState
+) -> tuple[SupervisedIndex, Tensor]:
+    """Logits ``[M, V]`` of one two-stream forward over all rows at the supervised positions."""
+    rows = two_stream_rows(trajectory, states)
+    index = rows.supervised_index
+    batch = MicroBatch(rows.token_ids, rows.attributes)
+    with evaluating(network):
+        hidden = forward_only(network, [batch], lambda hidden, _: hidden[index.row, index.column])[0]
+        return index, LMHead(network).logits(hidden)
+
+
+def largest_difference(network: HiddenStatesGPT, trajectory: Trajectory, recording: Recording) -> float:
+    """Over every state of the trajectory and every position that is masked in it."""
+    states = all_states(trajectory, tiny.MASK_TOKEN_ID)
+    index, logits = training_logits(network, trajectory, states)
+    block_size = trajectory.block_size
+    is_masked = states.state_ids == tiny.MASK_TOKEN_ID
+    seen = []
+    for row, copy, position in zip(index.row.tolist(), index.copy.tolist(), index.position.tolist(), strict=True):
+        block = slice(position - position % block_size, position - position % block_size + block_size)
+        # A state is the block just before the forward that revealed the first of its masks.
+        forward = int(trajectory.unmask_step[row, block][is_masked[row, copy, block]].min())
+        seen.append(recording[row, forward, position])
+    return float((torch.stack(seen) - logits).abs().max())
+
+
+def train(network: HiddenStatesGPT, parallel: ParallelContext, num_updates: int = 3) -> None:
+    """A few real updates, large enough to change every logit."""
+    settings_of_adam = tiny.optimizer_settings()
+    ddp = wrap(network, parallel, settings_of_adam)
+    optimizer = StudentOptimizer(ddp, settings_of_adam)
+    teacher = Teacher(network.arch, parallel, ModelOptions(), micro_batch_size=4)
+    spec = DivergenceSpec()
+    loss = distillation_loss(LMHead(network), spec)
+    for _ in range(num_updates):
+        trajectory, _ = record(network, 4, DYNAMIC)
+        states, targets = all_states(trajectory, tiny.MASK_TOKEN_ID), teacher.targets(trajectory, spec)
+        rows = torch.arange(len(trajectory))
+        optimizer.zero_grad()
+        forward_backward(ddp, micro_batches(trajectory, states, targets, rows, Normalization.token, 4), loss)
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def fresh(parallel: ParallelContext) -> HiddenStatesGPT:
+    """A random student."""
+    return tiny.random_network(tiny.architecture(), parallel)
+
+
+@pytest.fixture(scope="module")
+def trained(parallel: ParallelContext) -> HiddenStatesGPT:
+    """The same student after a few updates."""
+    network = tiny.random_network(tiny.architecture(), parallel)
+    before = network.head_weight().detach().clone()
+    train(network, parallel)
+    assert float((network.head_weight() - before).abs().max()) > 1e-2
+    return network
+
+
+@pytest.fixture(params=["fresh", "trained"])
+def network(request: pytest.FixtureRequest) -> HiddenStatesGPT:
+    """A student before or after training."""
+    student: HiddenStatesGPT = request.getfixturevalue(request.param)
+    return student
+
+
+@pytest.mark.parametrize("strategy", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_training_logits_at_every_visited_state_are_those_the_rollout_saw(
+    network: HiddenStatesGPT, block_size: int, strategy: RemaskingStrategy
+) -> None:
+    trajectory, denoiser = record(network, block_size, strategy)
+    assert set((trajectory.prompt_len % block_size).tolist()) == set(range(block_size))
+    assert trajectory.num_forwards.unique().numel() > 1, "rows were meant to finish at different times"
+    assert largest_difference(network, trajectory, denoiser.recording) < TOLERANCE
+
+
+def test_the_rollouts_compared_end_in_both_ways_and_reveal_several_tokens_at_a_time(fresh: HiddenStatesGPT) -> None:
+    trajectory, _ = record(fresh, 8, DYNAMIC)
+    assert set(trajectory.finish_reason.tolist()) == {FinishReason.END_OF_TURN, FinishReason.LENGTH}
+    assert int(trajectory.num_forwards.sum()) < int(trajectory.response_len.sum())
+
+
+@pytest.mark.parametrize("strategy", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_the_fused_commit_leaves_the_cache_and_the_logits_of_a_separate_cache_write(
+    fresh: HiddenStatesGPT, block_size: int, strategy: RemaskingStrategy
+) -> None:
+    fused_trajectory, fused = record(fresh, block_size, strategy)
+    separate_trajectory, separate = record(fresh, block_size, strategy, SeparatelyCommittingDenoiser)
+    assert torch.equal(fused_trajectory.token_ids, separate_trajectory.token_ids)
+    assert fused.recording.keys() == separate.recording.keys()
+    for place, logits in fused.recording.items():
+        torch.testing.assert_close(logits, separate.recording[place], atol=TOLERANCE, rtol=0)
+    # Everything before a row's last block is committed, the last block never.
+    committed = torch.arange(fused.cache.length) < (fused_trajectory.row_end - block_size)[:, None]
+    for layer in range(1, fresh.arch.num_layers + 1):
+        for ours, theirs in zip(fused.cache.layer(layer), separate.cache.layer(layer), strict=True):
+            rows_first = (x.transpose(1, 2)[committed] for x in (ours, theirs))
+            torch.testing.assert_close(*rows_first, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_no_forward_is_spent_on_the_cache_alone_and_none_follows_the_last_block(
+    fresh: HiddenStatesGPT, block_size: int
+) -> None:
+    trajectory, denoiser = record(fresh, block_size, STATIC)
+    assert denoiser.forwards_of_row == trajectory.num_forwards.tolist()
+    assert denoiser.num_proposals == max(denoiser.forwards_of_row) and denoiser.num_prefills == 1
+    # Static decoding reveals one token per forward, the rest of the final block included.
+    assert trajectory.num_forwards.tolist() == (trajectory.row_end - trajectory.prompt_len).tolist()
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_a_clean_token_that_is_masked_in_a_state_changes_no_logit_of_its_block(
+    fresh: HiddenStatesGPT, block_size: int
+) -> None:
+    trajectory, _ = record(fresh, block_size, STATIC)
+    states = all_states(trajectory, tiny.MASK_TOKEN_ID)
+    rows = two_stream_rows(trajectory, states)
+    index, attributes = rows.supervised_index, rows.attributes
+    _, before = training_logits(fresh, trajectory, states)
+    block_of = attributes.block_ids[index.row, index.column]
+    changed_later = 0
+    for block in range(trajectory.token_ids.shape[1] // block_size):
+        # Every clean response token of this block in every row, the prompt's remainder apart.
+        is_answer = (attributes.stream_ids == 0) & (attributes.block_ids == block) & (attributes.document_ids >= 0)
+        is_answer &= attributes.position_ids >= trajectory.prompt_len[:, None]
+        token_ids = torch.where(is_answer, (rows.token_ids + 1) % 30, rows.token_ids)
+        with evaluating(fresh):
+            hidden = forward_only(
+                fresh, [MicroBatch(token_ids, attributes)], lambda hidden, _: hidden[index.row, index.column]
+            )[0]
+            after = LMHead(fresh).logits(hidden)
+        is_later = block_of > block
+        assert torch.equal(after[~is_later], before[~is_later])
+        changed_later += int((after[is_later] != before[is_later]).any(-1).sum())
+    assert changed_later > 0

@@ -1,0 +1,209 @@
+"""Training from the configuration to the archive, in every mode of the method, on a random model of two layers."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_opdlm.models.archive_format import open_nemo
+from nemo_opdlm.models.opdlm_model import OPDLMModel
+from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs
+
+#: Name -> overrides; the names are those of the ablations and options of the method.
+MODES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "random_mask": ("+experiment=random_mask",),
+    "off_policy": ("+experiment=off_policy",),
+    "sft": ("+experiment=sft_baseline",),
+    "nll_on_own_rollouts": ("model.opdlm.divergence=nll",),
+    "all_states": ("model.opdlm.state_selection=all_states",),
+    "two_states": ("model.opdlm.states_per_rollout=2",),
+    "tail_bucket": ("model.opdlm.divergence_top_k=4",),
+    "partial": ("model.opdlm.divergence_top_k=4", "model.opdlm.tail=partial"),
+    "renormalize": ("model.opdlm.divergence_top_k=4", "model.opdlm.tail=renormalize"),
+    "jsd": ("model.opdlm.divergence=jsd",),
+    "mixed": ("model.opdlm.divergence=mixed", "model.opdlm.reverse_kl_weight=0.3"),
+    "reverse_kl": ("model.opdlm.divergence=reverse_kl",),
+    "token_normalization": ("model.opdlm.normalization=token", "model.opdlm.exclude_end_token=true"),
+    "block_size_1": ("model.opdlm.block_size=1",),
+    "two_denoising_steps": ("model.opdlm.rollout.denoising_steps=2", "model.opdlm.rollout.remasking=random"),
+    "two_responses": ("model.opdlm.rollout.num_prompts_per_step=4", "model.opdlm.rollout.num_responses_per_prompt=2"),
+    "bf16": ("trainer.precision=bf16",),
+    "bf16-mixed": ("trainer.precision=bf16-mixed",),
+    "recomputation": (
+        "model.activations_checkpoint_granularity=full",
+        "model.activations_checkpoint_method=uniform",
+        "model.activations_checkpoint_num_layers=1",
+    ),
+}
+ALWAYS = {
+    "global_step",
+    "rollout_step",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/skipped",
+    "time/student_s",
+    "time/optimizer_s",
+    "generated_tokens",
+    "trained_tokens",
+}
+ON_A_NEW_ROLLOUT = {
+    "rollout/tokens_per_forward",
+    "rollout/response_len",
+    "rollout/tokens_per_s",
+    "time/rollout_s",
+    "time/teacher_s",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that name a tiny archive and prompts."""
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def network_weights(model: OPDLMModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OPDLMModel, Path]]:
+    """A model after two updates of the default mode, and its log folder."""
+    log_dir = tmp_path_factory.mktemp("trained")
+    yield run(log_dir, *TINY, *inputs), log_dir
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains(mode: str, inputs: tuple[str, ...], tmp_path: Path) -> None:
+    model = run(tmp_path, *TINY, *inputs, *MODES[mode])
+    untrained = OPDLMModel.restore_from(inputs[0].partition("=")[2])
+    rows = read_metrics(tmp_path)
+    assert [row["global_step"] for row in rows] == [1, 2] and [row["rollout_step"] for row in rows] == [1, 1]
+    for row in rows:
+        assert math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 and row["train/skipped"] == 0
+        assert 0 <= row["train/agreement"] <= 1
+    assert 0 < rows[0]["trained_tokens"] < rows[1]["trained_tokens"]
+    assert rows[0]["generated_tokens"] == rows[1]["generated_tokens"] == 8 * rows[0]["rollout/response_len"]
+    before = network_weights(untrained)
+    for name, tensor in network_weights(model).items():
+        assert tensor.isfinite().all() and not torch.equal(tensor, before[name]), name
+
+
+def test_each_line_of_metrics_says_what_happened(trained: tuple[OPDLMModel, Path]) -> None:
+    first, second = read_metrics(trained[1])
+    assert first.keys() >= ALWAYS | ON_A_NEW_ROLLOUT
+    assert second.keys() >= ALWAYS and not ON_A_NEW_ROLLOUT & second.keys()
+    assert first["train/lr"] == pytest.approx(1e-2) and second["train/lr"] < first["train/lr"]
+    by_ratio = [value for key, value in first.items() if key.startswith("train/kl_at_mask_ratio_")]
+    assert len(by_ratio) > 1 and min(by_ratio) <= first["train/kl"] <= max(by_ratio)
+
+
+def test_two_states_train_about_twice_the_tokens_of_one(
+    trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    run(tmp_path, *TINY, *inputs, *MODES["two_states"])
+    one, two = (read_metrics(folder)[-1] for folder in (trained[1], tmp_path))
+    assert one["generated_tokens"] == two["generated_tokens"]
+    assert 1.5 < two["trained_tokens"] / one["trained_tokens"] < 2.5
+
+
+def test_the_held_out_set_is_the_same_in_every_run(
+    trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    other = run(tmp_path, *TINY, *inputs, "model.seed=77", "model.opdlm.rollout.temperature=0.5", "trainer.max_steps=1")
+    assert other.heldout.checksum == trained[0].heldout.checksum
+    assert float(trained[0].trainer.callback_metrics["val_loss"]) == pytest.approx(
+        trained[0].heldout.divergence(trained[0].model, 4), abs=1e-6
+    )
+
+
+def test_validations_are_counted_in_updates_across_epochs(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    # 24 prompts are three rollout steps of two updates: an epoch has six.
+    run(tmp_path, *TINY, *inputs, "trainer.max_steps=9", "trainer.val_check_interval=4")
+    assert [row["global_step"] for row in read_metrics(tmp_path) if "val_loss" in row] == [4, 8]
+
+
+# -- updates without a gradient to follow --
+
+
+def test_updates_without_a_finite_gradient_are_counted_and_end_the_run_by_naming_the_samples(
+    inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = run(tmp_path, *TINY, *inputs, "model.opdlm.max_consecutive_skips=3")
+    distiller = model.distiller
+    distiller.step = distiller.optimizer.step  # Lightning's own step ends with its fit loop
+    assert distiller.teacher is not None
+    embedding = distiller.teacher.network.head_weight()
+    healthy = embedding.clone()
+    before = network_weights(model)
+    embedding[7] = torch.nan
+    skipped: list[float] = [distiller.update(step)["train/skipped"] for step in (2, 3)]
+    assert skipped == [1, 2]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network_weights(model).items())
+    embedding.copy_(healthy)
+    assert distiller.update(4)["train/skipped"] == 2
+    assert not torch.equal(network_weights(model)["decoder.final_layernorm.weight"], before["decoder.final_layernorm.weight"])
+    embedding[7] = torch.nan
+    distiller.batch = None
+    for step in (5, 6):
+        distiller.update(step)
+    with pytest.raises(
+        RuntimeError,
+        match=r"3 updates in a row were skipped, .*grad_norm=nan .*loss=nan on samples \[28, 29, 30, 31\] of rollout step 4",
+    ):
+        distiller.update(7)
+
+
+# -- archives --
+
+
+def test_a_saved_model_is_restored_without_its_teacher(trained: tuple[OPDLMModel, Path], tmp_path: Path) -> None:
+    model, archive_path = trained[0], tmp_path / "student.nemo"
+    model.save_to(str(archive_path))
+    restored = OPDLMModel.restore_from(str(archive_path))
+    assert restored.teacher is None and model.teacher is not None
+    expected, found = network_weights(model), network_weights(restored)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert restored.tokenizer_files == model.tokenizer_files and restored.tokenizer_files
+    assert restored.config.opdlm == model.config.opdlm and restored.arch == model.arch
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def test_an_archive_holds_the_students_tensors_and_no_others(trained: tuple[OPDLMModel, Path], tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    trained[0].save_to(str(tmp_path / "student.nemo"))
+    with open_nemo(tmp_path / "student.nemo") as archive:
+        entries: dict[str, Any] = FileSystemReader(archive.weights).read_metadata().state_dict_metadata
+        stored = {name: entry.size.numel() for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        text = (archive.folder / "model_config.yaml").read_text()
+    assert sum(stored.values()) == sum(parameter.numel() for parameter in trained[0].model.parameters())
+    assert all(name.startswith("model.") for name in stored)
+    assert str(tmp_path.parent) not in text and "file_path" not in text
+
+
+def test_a_trained_archive_trains_on_against_the_teacher_it_came_from(
+    trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    trained[0].save_to(str(tmp_path / "student.nemo"))
+    source = inputs[0].partition("=")[2]
+    model = run(
+        tmp_path / "log",
+        *TINY,
+        *inputs,
+        f"model.restore_from_path={tmp_path / 'student.nemo'}",
+        f"model.kd_teacher_restore_from_path={source}",
+        "model.optim.lr=1e-9",
+        "model.optim.sched.min_lr=0",
+    )
+    found = network_weights(model)
+    for name, tensor in network_weights(trained[0]).items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-7, rtol=0)
+    assert model.heldout.checksum == trained[0].heldout.checksum
