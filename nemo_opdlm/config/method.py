@@ -112,7 +112,7 @@ class OPDLMConfig:
         normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
         exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
         attention: kernel of the two-stream attention; `auto` chooses by device.
-        max_consecutive_skips: updates without any supervised token in a row before the run stops.
+        max_consecutive_skips: skipped updates in a row (non-finite gradients, or nothing supervised) before the run stops.
         rollout: how the student generates.
     """
 

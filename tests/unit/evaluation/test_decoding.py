@@ -71,7 +71,7 @@ def test_the_teachers_verdict_is_that_of_one_row_at_a_time(
     for row in range(len(trajectory)):
         single = trajectory.index(slice(row, row + 1))
         hidden = forward_only(teacher.network, [MicroBatch(*clean_rows(single))], lambda hidden, _: hidden)[0][0]
-        log_probs = teacher.head.logits(hidden.float()).log_softmax(-1)
+        log_probs = teacher.head.logits(hidden).log_softmax(-1)
         start = int(single.prompt_len)
         for position in range(start, start + int(single.response_len)):
             token = int(single.token_ids[0, position])
