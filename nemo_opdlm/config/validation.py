@@ -15,6 +15,8 @@ from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, RANGES
 from nemo_opdlm.config.schema import Config
 
 _logger = logging.getLogger(__name__)
+#: The published recipe saves every 10 rollout steps.
+_ROLLOUTS_PER_CHECKPOINT = 10
 
 
 def validate(config: Config, *, check_files: bool = True) -> Config:
@@ -356,8 +358,13 @@ def _corrected(config: Config) -> Config:
     if params.monitor == "val_loss" and model.data.validation_ds.file_path is None:
         _logger.info("exp_manager monitors reduced_train_loss: without model.data.validation_ds there is no val_loss.")
         params = replace(params, monitor="reduced_train_loss")
-        config = replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
-    return config
+    is_validated = model.data.validation_ds.file_path is not None and config.trainer.val_check_interval is not None
+    if not (is_validated or params.every_n_train_steps or params.train_time_interval):
+        # Checkpoints follow validations; without any, nothing would be saved before the end of the run.
+        steps = _ROLLOUTS_PER_CHECKPOINT * config.updates_per_rollout
+        _logger.info("exp_manager saves a checkpoint every %d steps: there is no validation to follow.", steps)
+        params = replace(params, every_n_train_steps=steps)
+    return replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
 
 
 def _runs_on_cpu(config: Config) -> bool:

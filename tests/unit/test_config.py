@@ -468,6 +468,10 @@ def test_a_layout_must_divide_its_architecture(files: dict[str, str], layout: di
         validate_architecture(replace(config, model=replace(config.model, **layout)), QWEN3_0_6B)
 
 
+def test_without_validation_checkpoints_are_saved_every_ten_rollouts(files: dict[str, str]) -> None:
+    assert checked(files).exp_manager.checkpoint_callback_params.every_n_train_steps == 10 * 16
+
+
 def test_several_ranks_are_refused_by_name(files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="trainer.devices=2 x trainer.num_nodes=1"):
         checked(files, **{"trainer.devices": 2})
