@@ -17,7 +17,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.block_size < 1:
         parser.error(f"--block_size {args.block_size}: must be at least 1")
+    if not args.input_name_or_path.exists():
+        sys.exit(f"error: {args.input_name_or_path} does not exist; give a local path (hub names are not downloaded)")
 
+    from nemo_opdlm.report.quiet import quiet_imports
+
+    quiet_imports()
     from nemo_opdlm.models.conversion import convert_hf_to_nemo
 
     try:

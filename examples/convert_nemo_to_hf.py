@@ -13,7 +13,12 @@ def main() -> None:
     parser.add_argument("--format", choices=("hf", "sdar"), default="hf", help="sdar: for SGLang and LMDeploy, Qwen3 only")
     parser.add_argument("--precision", choices=("32", "bf16", "16"), help="of the written weights (default: as stored)")
     args = parser.parse_args()
+    if not args.input_name_or_path.exists():
+        sys.exit(f"error: {args.input_name_or_path} does not exist")
 
+    from nemo_opdlm.report.quiet import quiet_imports
+
+    quiet_imports()
     from nemo_opdlm.models.conversion import convert_nemo_to_hf
 
     try:

@@ -96,9 +96,13 @@ class Run:
         Raises:
             FileExistsError: something else is there.
         """
-        for folder, sign in ((self.log, "cmd-args.log"), (self.hf, "config.json")):
-            if folder.is_dir() and any(folder.iterdir()) and not (folder / sign).is_file():
-                raise FileExistsError(f"{folder} is not from an earlier quickstart: choose another --output_dir")
+        marker = self.folder / ".quickstart"
+        results = (self.ar_nemo, self.student_nemo, self.hf, self.log, self.summary, self.curves)
+        taken = [path for path in results if path.exists()]
+        if taken and not marker.is_file():
+            raise FileExistsError(f"{taken[0]} is not from an earlier quickstart: choose another --output_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
         for folder in (self.log, self.hf):
             shutil.rmtree(folder, ignore_errors=True)
         self.summary.unlink(missing_ok=True)  # else it would speak for a run that failed
@@ -147,6 +151,7 @@ def main() -> None:
     story.console.print(f"{args.model}: an autoregressive model becomes a block-diffusion model\n")
     with _one_line_errors():
         config = compose(recipe, run, args.max_steps)
+        cli.hide_gpus(config)
         run.clear()
         prepare(recipe, run, story)
         config = validate(config)
@@ -154,7 +159,7 @@ def main() -> None:
     story.console.print(
         f"\nAll stages took {summary['seconds']:.0f} s. Figures: {run.summary}, curves: {run.curves}. Write with the "
         f"student:\n\n"
-        f"  python examples/generate.py model.restore_from_path={summary['nemo_file']} "
+        f"  {sys.executable} examples/generate.py model.restore_from_path={summary['nemo_file']} "
         f"'prompts=[\"Once upon a time\"]' show_steps=true",
         soft_wrap=True,
     )

@@ -70,7 +70,10 @@ def main(
                 started = True
                 os.environ[_FULL_ERROR] = wanted
                 try:
-                    task(check(parse(composed, schema)))
+                    config = check(parse(composed, schema))
+                    if isinstance(config, Config):
+                        hide_gpus(config)
+                    task(config)
                 except (ValueError, OSError) as error:
                     if wanted == "1" or not _raised_by(error.__traceback__, own_code):
                         raise
@@ -87,6 +90,12 @@ def main(
         return entry_point
 
     return decorator
+
+
+def hide_gpus(config: Config) -> None:
+    """Where `trainer.accelerator` is `cpu`, let this process see no GPU: Megatron asks for CUDA wherever there is one."""
+    if config.trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def compose(

@@ -111,7 +111,7 @@ class OPDLMConfig:
         states_per_rollout: states drawn per response, sharing its clean stream.
         normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
         exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
-        attention: kernel of the two-stream attention; `auto` chooses by device.
+        attention: kernel of the two-stream attention; only dense SDPA is available, `auto` and `sdpa` mean it.
         max_consecutive_skips: skipped updates in a row (non-finite gradients, or nothing supervised) before the run stops.
         rollout: how the student generates.
     """

@@ -78,6 +78,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "trainer.use_distributed_sampler": (False, "prompts are shared out by their global index"),
     "trainer.accumulate_grad_batches": (1, "model.global_batch_size and model.micro_batch_size decide"),
     "exp_manager.ema.enable": (False, "NeMo's EMA does not know Megatron's optimizer"),
+    "exp_manager.checkpoint_callback_params.save_weights_only": (False, "a run resumes with its optimizer"),
     "exp_manager.checkpoint_callback_params.async_save": (False, "NeMo's version does not run with Megatron-core"),
     "model.optim.sched.constant_steps": (0, "Megatron's schedule decays right after the warm-up"),
 }
@@ -88,5 +89,6 @@ NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.responses", "dataset", "use 'student' or 'teacher'"),
     ("model.opdlm.attention", "flex", "use 'auto'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
+    ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
     ("model.transformer_engine", True, "use False: Megatron's own layers"),
 )

@@ -27,7 +27,7 @@ class TrainerConfig:
     Attributes:
         devices: ranks per node; "auto" or -1 = all that are visible.
         precision: `32`; `bf16` = bf16 parameters with fp32 master weights; `bf16-mixed` = fp32 parameters under
-            autocast; `16-mixed` = the same in fp16, on GPUs only.
+            autocast.
         logger, enable_checkpointing, use_distributed_sampler: must stay false, exp_manager and the data schedule do it.
         max_steps: optimizer steps of the whole run; required.
         max_time: wall-clock limit DD:HH:MM:SS.
@@ -245,16 +245,14 @@ class ModelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on the responses of one rollout step."""
+        return self.opdlm.rollout.num_samples_per_step // self.global_batch_size
+
+    @property
     def teacher_path(self) -> str | None:
         """Where the teacher's weights come from."""
         return self.kd_teacher_restore_from_path or self.restore_from_path
-
-    @property
-    def fp8_format(self) -> Literal["e4m3", "hybrid"] | None:
-        """Megatron's `fp8` field, None without FP8."""
-        if not self.fp8:
-            return None
-        return "e4m3" if self.fp8_e4m3 else "hybrid"
 
 
 @dataclass(frozen=True)
@@ -272,8 +270,3 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps on the responses of one rollout step."""
-        return self.model.opdlm.rollout.num_samples_per_step // self.model.global_batch_size

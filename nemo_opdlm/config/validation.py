@@ -41,7 +41,7 @@ def validate(config: Config, *, check_files: bool = True) -> Config:
     for key, choice, instead in NOT_AVAILABLE:
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
-    for check in (_method, _rollout, _batch, _layout, _optim, _precision, _fp8, _recomputation, _exp_manager, _data):
+    for check in (_method, _rollout, _batch, _layout, _optim, _fp8, _recomputation, _exp_manager, _data):
         check(config)
     _one_rank(config)
     if check_files:
@@ -118,7 +118,8 @@ def _method(config: Config) -> None:
         )
     if opdlm.tail != "tail_bucket" and not opdlm.divergence_top_k:
         raise ValueError(
-            f"model.opdlm.tail={opdlm.tail!r} contradicts divergence_top_k=0: the full vocabulary has no tail"
+            f"model.opdlm.tail={opdlm.tail!r} contradicts divergence_top_k=0: the full vocabulary has no tail; "
+            "set model.opdlm.divergence_top_k, e.g. to 16"
         )
     if opdlm.tail == "partial" and opdlm.divergence in ("reverse_kl", "mixed"):
         _logger.warning(
@@ -244,11 +245,6 @@ def _optim(config: Config) -> None:
         )
 
 
-def _precision(config: Config) -> None:
-    if config.trainer.precision == "16-mixed" and _runs_on_cpu(config):
-        raise ValueError("trainer.precision='16-mixed' needs a GPU; use '32', 'bf16' or 'bf16-mixed' on a CPU")
-
-
 def _fp8(config: Config) -> None:
     model = config.model
     if not model.fp8:
@@ -361,7 +357,7 @@ def _corrected(config: Config) -> Config:
     is_validated = model.data.validation_ds.file_path is not None and config.trainer.val_check_interval is not None
     if not (is_validated or params.every_n_train_steps or params.train_time_interval):
         # Checkpoints follow validations; without any, nothing would be saved before the end of the run.
-        steps = _ROLLOUTS_PER_CHECKPOINT * config.updates_per_rollout
+        steps = _ROLLOUTS_PER_CHECKPOINT * model.updates_per_rollout
         _logger.info("exp_manager saves a checkpoint every %d steps: there is no validation to follow.", steps)
         params = replace(params, every_n_train_steps=steps)
     return replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))

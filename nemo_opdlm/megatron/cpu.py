@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-#: The versions whose CUDA requests are known to be covered; each is checked by ``tests/unit/megatron/test_cpu.py``.
+#: Versions that are accepted, those of pyproject.toml; the tests run against the one in constraints.txt.
 TESTED = (Version("0.16.1"), Version("0.20"))
 
 _TENSOR_CUDA, _TENSOR_TYPE = torch.Tensor.cuda, torch.Tensor.type

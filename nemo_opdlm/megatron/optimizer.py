@@ -25,7 +25,7 @@ DECAY_STYLES = {
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its schedule, counted in optimizer steps (method: lr(k) = lr k / warm-up, then half a cosine to min_lr)."""
+    """AdamW and its schedule, counted in optimizer steps (cosine: lr(k) = lr k / warm-up, then half a cosine to min_lr)."""
 
     lr: float
     min_lr: float

@@ -80,7 +80,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, trajectory: Trajectory, spec: DivergenceSpec) -> TeacherTargets:
-        """One causal pass over ``[prompt | response]``; the row of position i-1 is the target of position i (method 6)."""
+        """One causal pass over ``[prompt | response]``; the row of position i-1 is the target of position i."""
         if spec.kind is DivergenceKind.nll:
             return self.own_tokens(trajectory)
         hidden = self.response_hidden(trajectory)

@@ -140,13 +140,25 @@ def write_nemo(
             _write_tar(partial, members, Path(weights))
         else:
             _write_folder(partial, members, Path(weights))
-        if output.is_dir():
-            shutil.rmtree(output)
-        os.replace(partial, output)
+        _replace(partial, output)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Put a finished archive in place; an older folder of that name goes only when the new one stands."""
+    old = output.with_name(f".{output.name}.old-{uuid.uuid4().hex[:8]}")
+    if output.is_dir():
+        os.rename(output, old)
+    try:
+        os.replace(partial, output)
+    except OSError:
+        if old.exists():
+            os.rename(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(output: str | Path, *, overwrite: bool = False) -> None:

@@ -50,7 +50,6 @@ class OnPolicyDistiller:
         teacher: the frozen AR model; None where ``nll`` trains on student rollouts.
         prompts: the training prompts.
         step: steps the optimizer and returns the gradient norm; Lightning counts updates by it.
-        on_rollout: progress callback of a rollout.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class OnPolicyDistiller:
         teacher: Teacher | None,
         prompts: PromptDataset,
         step: Callable[[], float] | None = None,
-        on_rollout: Callable[..., None] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -71,12 +69,11 @@ class OnPolicyDistiller:
         self.teacher = teacher
         self.prompts = prompts
         self.step = step or optimizer.step
-        self.on_rollout = on_rollout
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
         )
-        self.updates_per_rollout = rollout.num_samples_per_step // config.global_batch_size
+        self.updates_per_rollout = config.updates_per_rollout
         self.batch: RolloutBatch | None = None
         self.loss = distillation_loss(student.head, method.divergence)
         self.num_generated_tokens = 0
@@ -125,9 +122,9 @@ class OnPolicyDistiller:
         on_device = [tensor.to(device) for tensor in arguments]
         settings = self.method.rollout_settings(rollout_step)
         if self.config.opdlm.responses == "student":
-            return self._engine(self.student.model).generate(*on_device, settings, self.on_rollout)
+            return self._engine(self.student.model).generate(*on_device, settings)
         assert self.teacher is not None
-        return self._engine(self.teacher.network).generate_autoregressive(*on_device, settings, self.on_rollout)
+        return self._engine(self.teacher.network).generate_autoregressive(*on_device, settings)
 
     def _engine(self, network: torch.nn.Module) -> RolloutEngine:
         return self.method.engine(network, self.config.opdlm.rollout.max_batch_size)  # type: ignore[arg-type]
@@ -199,7 +196,7 @@ class OnPolicyDistiller:
     def state_dict(self) -> dict[str, object]:
         """The unfinished rollout batch and the token counts; targets are computed again from the teacher."""
         state: dict[str, object] = {
-            "updates_per_rollout": self.updates_per_rollout,
+            "schedule": self._schedule_keys(),
             "num_generated_tokens": self.num_generated_tokens,
             "num_trained_tokens": self.num_trained_tokens,
             "num_skipped": self.num_skipped,
@@ -211,18 +208,31 @@ class OnPolicyDistiller:
             state["states"] = dict(vars(self.batch.states))
         return state
 
+    def _schedule_keys(self) -> dict[str, int]:
+        """What decides which samples an update trains on; a resumed run must not change it."""
+        rollout = self.config.opdlm.rollout
+        return {
+            "model.opdlm.rollout.num_prompts_per_step": rollout.num_prompts_per_step,
+            "model.opdlm.rollout.num_responses_per_prompt": rollout.num_responses_per_prompt,
+            "model.global_batch_size": self.config.global_batch_size,
+            "model.opdlm.block_size": self.config.opdlm.block_size,
+            "model.seed": self.config.seed,
+            "number of training prompts": len(self.prompts),
+        }
+
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue where ``state_dict`` was taken, also between two updates of one rollout batch.
 
         Raises:
-            ValueError: the update count would mean other rollout batches than it did.
+            ValueError: an update would train on other samples than in the run that saved the state.
         """
-        if state["updates_per_rollout"] != self.updates_per_rollout:
-            raise ValueError(
-                f"model.global_batch_size={self.config.global_batch_size} makes {self.updates_per_rollout} updates of a "
-                f"rollout batch, the checkpoint was saved by a run that made {state['updates_per_rollout']}: resume it "
-                "with the batch sizes it was started with, or start a new run from its .nemo file"
-            )
+        saved: dict[str, int] = state["schedule"]  # type: ignore[assignment]
+        for key, value in self._schedule_keys().items():
+            if saved[key] != value:
+                raise ValueError(
+                    f"{key}={value} differs from {saved[key]} of the run that saved the checkpoint: resume it as it was "
+                    "started, or start a new run from its .nemo file"
+                )
         for name in ("num_generated_tokens", "num_trained_tokens", "num_skipped", "num_skipped_in_a_row"):
             setattr(self, name, int(state[name]))  # type: ignore[call-overload]
         if "trajectory" not in state:

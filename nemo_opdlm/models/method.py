@@ -94,8 +94,8 @@ class Method:
     @staticmethod
     def of(config: ModelConfig, tokens: SpecialTokens, context_len: int, max_steps: int) -> "Method":
         """The method of a run of ``max_steps`` updates."""
-        updates = config.opdlm.rollout.num_samples_per_step // config.global_batch_size
-        return Method(config.opdlm, config.seed, tokens, context_len, max(1, -(-max_steps // updates)))
+        num_rollout_steps = max(1, -(-max_steps // config.updates_per_rollout))
+        return Method(config.opdlm, config.seed, tokens, context_len, num_rollout_steps)
 
     @property
     def mask_token_id(self) -> int:

@@ -53,7 +53,11 @@ def train(config: Config) -> OPDLMModel:
     # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
     model = restore(inputs, trainer)
     manager = replace(config.exp_manager, name=config.exp_manager.name or config.name)
-    start_experiment(trainer, to_container(manager))
+    try:
+        start_experiment(trainer, to_container(manager))
+    except OSError as error:
+        folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
+        raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
     logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
     trainer.fit(model)
     return model

@@ -193,7 +193,7 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "rollout-size": (("model.opdlm.rollout.num_prompts_per_step=6",), r"must be a multiple of model\.global_batch_size=4"),
     "learning-rates": (("model.optim.sched.min_lr=1",), r"min_lr=1.* must be at most model\.optim\.lr"),
     "endless-warm-up": (("model.optim.sched.warmup_steps=2",), r"warmup_steps=2 must be below trainer\.max_steps=2"),
-    "fp16-on-a-cpu": (("trainer.precision=16-mixed",), r"trainer\.precision='16-mixed' needs a GPU"),
+    "fp16-on-a-cpu": (("trainer.precision=16-mixed",), r"trainer\.precision='16-mixed' is not available yet"),
     "attention-kernel": (("model.opdlm.attention=split",), r"attention='split' is not available yet; use 'auto'"),
     "fp8-without-transformer-engine": (
         ("model.fp8=true", "model.fp8_hybrid=true"),
@@ -265,7 +265,7 @@ CONVERT_TO_NEMO: dict[str, tuple[tuple[str, ...], str]] = {
 }
 TO_HF = ("--hf_output_path", "{folder}/new", "--input_name_or_path")
 CONVERT_TO_HF: dict[str, tuple[tuple[str, ...], str]] = {
-    "missing-archive": ((*TO_HF, "{folder}/none.nemo"), r"none\.nemo: no such file"),
+    "missing-archive": ((*TO_HF, "{folder}/none.nemo"), r"none\.nemo does not exist"),
     "text-as-archive": ((*TO_HF, "{folder}/text.nemo"), r"text\.nemo: .*no tar file"),
     "truncated-archive": ((*TO_HF, "{folder}/truncated.nemo"), r"truncated\.nemo: .*truncated"),
     "other-class": ((*TO_HF, "{folder}/other_class.nemo"), r"other_class\.nemo: .*ConformerModel"),

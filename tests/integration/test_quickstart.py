@@ -122,13 +122,14 @@ def test_the_training_is_that_of_the_experiment(script: ModuleType) -> None:
 
 def test_another_start_removes_its_own_log_and_export_only(script: ModuleType, tmp_path: Path) -> None:
     run = script.Run("glassllm", tmp_path)
-    for folder, sign in ((run.log, "cmd-args.log"), (run.hf, "config.json")):
+    run.clear()
+    for folder in (run.log, run.hf):
         folder.mkdir()
-        (folder / sign).touch()
+        (folder / "file").touch()
     for name in ("notes.txt", "summary.json"):
         (tmp_path / name).touch()
     run.clear()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".quickstart", "notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["log", "hf"])

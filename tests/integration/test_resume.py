@@ -1,5 +1,6 @@
 """An interrupted run that is started again becomes the run that was never interrupted, bit for bit."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,11 @@ def test_the_checkpoint_of_another_network_is_refused_by_tensor(
     assert_refused(log_dir, r"checkpoints/.*linear_proj.* shape", *overrides, f"model.restore_from_path={other}")
 
 
-def test_batch_sizes_that_would_give_the_update_count_another_meaning_are_refused(
-    begun: tuple[Path, tuple[str, ...]],
+@pytest.mark.parametrize(
+    "change", ["model.global_batch_size=8", "model.opdlm.rollout.num_prompts_per_step=16", "model.seed=7"]
+)
+def test_changes_that_would_give_an_update_other_samples_are_refused(
+    begun: tuple[Path, tuple[str, ...]], change: str
 ) -> None:
     log_dir, overrides = begun
-    assert_refused(log_dir, r"model\.global_batch_size=8 makes 1 updates .* 2:", *overrides, "model.global_batch_size=8")
+    assert_refused(log_dir, rf"{re.escape(change)} differs from ", *overrides, change)

@@ -91,7 +91,7 @@ def test_defaults_are_the_published_recipe() -> None:
         "end": 4000,
         "ramp_steps": 100,
     }
-    assert (rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.updates_per_rollout) == (128, 1, 16)
+    assert (rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.model.updates_per_rollout) == (128, 1, 16)
     assert (optim.name, optim.lr, optim.weight_decay, optim.betas, optim.eps) == (
         "adamw",
         1e-5,
@@ -281,7 +281,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.activations_checkpoint_granularity", "full", "activations_checkpoint_method"),
     ("model.activations_checkpoint_method", "uniform", "granularity='full'"),
     ("model.fp8", True, "model.fp8_hybrid"),
-    ("trainer.precision", "16-mixed", "needs a GPU"),
+    ("trainer.precision", "16-mixed", "is not available yet"),
 ]
 
 

@@ -9,7 +9,7 @@ from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.testing import tiny
 
-#: 483 rollout steps of 16 updates, warm-up over the first 5 of them (method 8).
+#: 483 rollout steps of 16 updates, warm-up over the first 5 of them.
 RECIPE = tiny.optimizer_settings(lr=1e-5, min_lr=1e-6, warmup_steps=80, decay_steps=483 * 16 + 1)
 RATES = {0: 0, 40: 5e-6, 80: 1e-5, 500: 9.933e-6, 1932: 8.760e-6, 3864: 5.575e-6, 5796: 2.345e-6, 7728: 1e-6}
 
