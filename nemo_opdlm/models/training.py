@@ -8,7 +8,14 @@ from lightning.pytorch import Trainer
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_opdlm.config import Architecture, Config, PromptFileConfig, to_container, validate_architecture
+from nemo_opdlm.config import (
+    Architecture,
+    Config,
+    ExpManagerConfig,
+    PromptFileConfig,
+    to_container,
+    validate_architecture,
+)
 from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.lightning.callbacks import StepProgressBar
@@ -52,7 +59,7 @@ def train(config: Config) -> OPDLMModel:
         raise ValueError(f"trainer.devices={config.trainer.devices!r} is {trainer.world_size} ranks here: set it to 1")
     # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
     model = restore(inputs, trainer)
-    manager = replace(config.exp_manager, name=config.exp_manager.name or config.name)
+    manager = _named(config)
     try:
         start_experiment(trainer, to_container(manager))
     except OSError as error:
@@ -106,6 +113,14 @@ def restore(inputs: Inputs, trainer: Trainer | None = None) -> OPDLMModel:
     if config.model.opdlm.needs_teacher or inputs.heldout is not None:
         model.use_teacher(_teacher(config, model))
     return model
+
+
+def _named(config: Config) -> ExpManagerConfig:
+    """The experiment manager's settings with names: NeMo's own name of a checkpoint would say its epoch, not its step."""
+    manager = config.exp_manager
+    name, params = manager.name or config.name, manager.checkpoint_callback_params
+    filename = params.filename or f"{name}--{{{params.monitor}:.4f}}-{{step}}"
+    return replace(manager, name=name, checkpoint_callback_params=replace(params, filename=filename))
 
 
 def _with_archive(config: Config, archive: Archive, arch: Architecture) -> Config:
