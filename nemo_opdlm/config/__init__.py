@@ -2,6 +2,7 @@
 
 from nemo_opdlm.config.architecture import Architecture
 from nemo_opdlm.config.exp_manager import CheckpointCallbackConfig, ExpManagerConfig
+from nemo_opdlm.config.layout import validate_layout
 from nemo_opdlm.config.method import (
     MaxNewTokensScheduleConfig,
     OPDLMConfig,
@@ -47,4 +48,5 @@ __all__ = [
     "unknown_key",
     "validate",
     "validate_architecture",
+    "validate_layout",
 ]

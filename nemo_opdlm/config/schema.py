@@ -25,7 +25,8 @@ class TrainerConfig:
     """Keys of Lightning's Trainer.
 
     Attributes:
-        devices: ranks per node; "auto" or -1 = all that are visible.
+        devices: ranks per node; "auto" or -1 = as launched by torchrun or Slurm, else all visible GPUs.
+        num_nodes: nodes with so many ranks each; both must agree with the launcher.
         precision: `32`; `bf16` = bf16 parameters with fp32 master weights; `bf16-mixed` = fp32 parameters under
             autocast.
         logger, enable_checkpointing, use_distributed_sampler: must stay false, exp_manager and the data schedule do it.
@@ -177,7 +178,11 @@ class ModelConfig:
         kd_teacher_restore_from_path: the teacher; null = the weights of `restore_from_path`.
         seed: key of all randomness of the run.
         micro_batch_size: sequences of one forward and backward pass on one data-parallel rank.
-        global_batch_size: sequences of one update.
+        global_batch_size: sequences of one update, over all ranks.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: ranks that share each layer, the
+            stack of layers, and each sequence; the rest of the ranks is data parallel.
+        virtual_pipeline_model_parallel_size: pieces of the stack on each pipeline stage, at least 2; null = 1.
+        sequence_parallel: tensor-parallel ranks also share the activations between layers.
         num_layers ... init_method_std: see `Architecture`; null = as stored with the weights.
         fp8 ... num_layers_at_end_in_bf16: Transformer Engine's FP8, under NeMo's names.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.

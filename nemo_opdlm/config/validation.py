@@ -4,12 +4,15 @@ import ast
 import difflib
 import importlib.util
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from nemo_opdlm.config.architecture import Architecture
+from nemo_opdlm.config.layout import LAYOUT_KEYS, check_layout, settle_ranks, validate_layout
 from nemo_opdlm.config.reader import to_container
 from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, RANGES
 from nemo_opdlm.config.schema import Config
@@ -19,12 +22,13 @@ _logger = logging.getLogger(__name__)
 _ROLLOUTS_PER_CHECKPOINT = 10
 
 
-def validate(config: Config, *, check_files: bool = True) -> Config:
+def validate(config: Config, *, check_files: bool = True, environment: Mapping[str, str] = os.environ) -> Config:
     """Check a configuration before any model is built, and return it with the corrections that are logged.
 
     Args:
         config: as read by `parse`.
         check_files: whether paths must exist.
+        environment: where a launcher has counted its processes.
 
     Raises:
         ValueError: a value is out of range, not available, or contradicts another.
@@ -41,9 +45,9 @@ def validate(config: Config, *, check_files: bool = True) -> Config:
     for key, choice, instead in NOT_AVAILABLE:
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
-    for check in (_method, _rollout, _batch, _layout, _optim, _fp8, _recomputation, _exp_manager, _data):
+    config = settle_ranks(config, environment)
+    for check in (_method, _rollout, check_layout, _transformer, _optim, _fp8, _recomputation, _exp_manager, _data):
         check(config)
-    _one_rank(config)
     if check_files:
         _files(config)
     return _corrected(config)
@@ -61,11 +65,7 @@ def validate_architecture(config: Config, arch: Architecture) -> None:
         wanted = getattr(model, name)
         if wanted is not None and wanted != value:
             raise ValueError(f"model.{name}={wanted!r} contradicts {value!r} of {model.restore_from_path}")
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    _divides(arch.num_layers, "model.pipeline_model_parallel_size", pp, "num_layers")
-    _divides(arch.num_attention_heads, "model.tensor_model_parallel_size", tp, "num_attention_heads")
-    _divides(arch.num_query_groups, "model.tensor_model_parallel_size", tp, "num_query_groups")
-    _divides(arch.ffn_hidden_size, "model.tensor_model_parallel_size", tp, "ffn_hidden_size")
+    validate_layout(config, arch, model.restore_from_path)
     for key, token_id in (
         ("model.opdlm.mask_token_id", opdlm.mask_token_id),
         ("model.opdlm.rollout.end_token_ids", max(opdlm.rollout.end_token_ids or (), default=None)),
@@ -92,21 +92,8 @@ def check_apex() -> None:
         raise ValueError("the `apex` on PyPI is not NVIDIA Apex: pip uninstall apex")
 
 
-def _one_rank(config: Config) -> None:
-    if config.trainer.world_size not in (None, 1):
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: training on "
-            "several ranks is not available yet; use 1 x 1"
-        )
-
-
 def _get(config: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
-
-
-def _divides(total: int, key: str, parts: int, name: str) -> None:
-    if total % parts:
-        raise ValueError(f"{key}={parts} must divide {name}={total}")
 
 
 def _method(config: Config) -> None:
@@ -159,40 +146,16 @@ def _rollout(config: Config) -> None:
         )
 
 
-def _batch(config: Config) -> None:
-    model, rollout = config.model, config.model.opdlm.rollout
-    world = config.trainer.world_size
-    ranks = 1 if world is None else world // model.model_parallel_size
-    if world is not None and world % model.model_parallel_size:
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes} = {world} ranks "
-            f"must be a multiple of model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} x "
-            f"context_parallel_size={model.context_parallel_size}"
-        )
-    if model.global_batch_size % (model.micro_batch_size * ranks):
-        raise ValueError(
-            f"model.global_batch_size={model.global_batch_size} must be a multiple of "
-            f"micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks"
-        )
-    if rollout.num_samples_per_step % model.global_batch_size:
-        raise ValueError(
-            f"model.opdlm.rollout.num_prompts_per_step={rollout.num_prompts_per_step} x "
-            f"num_responses_per_prompt={rollout.num_responses_per_prompt} = {rollout.num_samples_per_step} responses "
-            f"must be a multiple of model.global_batch_size={model.global_batch_size}"
-        )
-
-
-def _transformer_fields(extra: dict[str, Any]) -> None:
+def _transformer(config: Config) -> None:
+    extra, key = config.model.mcore_customization_config, "model.mcore_customization_config"
     known = _transformer_config_fields() if extra else set()
     for name in extra:
+        if name in LAYOUT_KEYS:
+            raise ValueError(f"{key}.{name}={extra[name]!r} has a key of its own: model.{name}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(
-                f"model.mcore_customization_config.{name}={extra[name]!r} is not a field of Megatron's "
-                f"TransformerConfig{hint}"
-            )
+            raise ValueError(f"{key}.{name}={extra[name]!r} is not a field of Megatron's TransformerConfig{hint}")
 
 
 def _transformer_config_fields() -> set[str]:
@@ -212,22 +175,6 @@ def _transformer_config_fields() -> set[str]:
         for item in body
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     }
-
-
-def _layout(config: Config) -> None:
-    model = config.model
-    _transformer_fields(model.mcore_customization_config)
-    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    if vpp is not None and (vpp < 1 or pp == 1):
-        raise ValueError(
-            f"model.virtual_pipeline_model_parallel_size={vpp} must be null or at least 1 with "
-            f"pipeline_model_parallel_size={pp} above 1"
-        )
-    if model.num_layers is not None and model.num_layers % (pp * (vpp or 1)):
-        raise ValueError(
-            f"model.num_layers={model.num_layers} must be a multiple of pipeline_model_parallel_size={pp}"
-            + (f" x virtual_pipeline_model_parallel_size={vpp}" if vpp else "")
-        )
 
 
 def _optim(config: Config) -> None:
@@ -282,7 +229,8 @@ def _exp_manager(config: Config) -> None:
         raise ValueError(f"{key}.monitor=None must name a logged metric, e.g. 'val_loss' or 'reduced_train_loss'")
     if params.always_save_nemo and config.model.model_parallel_size > 1:
         raise ValueError(
-            f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1"
+            f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1; use "
+            "False: save_nemo_on_train_end writes the .nemo file once, in every layout"
         )
     intervals = {
         name: getattr(params, name)

@@ -203,7 +203,39 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model.activations_checkpoint_granularity=full",),
         r"needs model\.activations_checkpoint_method",
     ),
-    "tensor-parallel-on-one-device": (("model.tensor_model_parallel_size=2",), r"tensor_model_parallel_size=2"),
+    "tensor-parallel-on-one-device": (
+        ("model.tensor_model_parallel_size=2",),
+        r"= 1 ranks must be a multiple of model\.tensor_model_parallel_size=2 .* trainer\.devices that work: 2$",
+    ),
+    "ranks-that-hold-half-a-model": (
+        ("trainer.devices=3", "model.pipeline_model_parallel_size=2"),
+        r"= 3 ranks must be a multiple of .*pipeline_model_parallel_size=2 .* trainer\.devices that work: 2, 4$",
+    ),
+    "heads-that-do-not-split": (
+        ("trainer.devices=6", "model.tensor_model_parallel_size=3"),
+        r"model\.tensor_model_parallel_size=3 must divide num_attention_heads=4 and num_query_groups=2 of .*good\.nemo; "
+        r"nearest values that work: 2 \(",
+    ),
+    "key-value-groups-that-do-not-split": (
+        ("trainer.devices=4", "model.tensor_model_parallel_size=4"),
+        r"tensor_model_parallel_size=4 must divide num_query_groups=2 of .*good\.nemo; nearest values that work: 2 \(",
+    ),
+    "layers-that-do-not-split": (
+        ("trainer.devices=4", "model.pipeline_model_parallel_size=4"),
+        r"pipeline_model_parallel_size=4 must divide num_layers=2 of .*good\.nemo; nearest values that work: 2 \(",
+    ),
+    "more-pipeline-chunks-than-layers": (
+        ("trainer.devices=2", "model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+        r"virtual_pipeline_model_parallel_size=2 .* must divide num_layers=2 of .*; nearest values that work: null$",
+    ),
+    "pipeline-chunks-without-a-pipeline": (
+        ("model.virtual_pipeline_model_parallel_size=2",),
+        r"virtual_pipeline_model_parallel_size=2 needs several pipeline stages, not pipeline_model_parallel_size=1",
+    ),
+    "batch-that-does-not-split": (
+        ("trainer.devices=4", "model.micro_batch_size=1", "model.global_batch_size=2"),
+        r"global_batch_size=2 must be a multiple of micro_batch_size=1 x 4 data-parallel ranks; nearest values that work: 4$",
+    ),
     "dropout": (("+model.hidden_dropout=0.1",), r"model\.hidden_dropout=0\.1 is not supported"),
     "other-architecture": (("model.num_layers=3",), r"model\.num_layers=3 contradicts 2 of .*good\.nemo"),
     "no-prompts": (("model.data.train_ds.file_path=null",), r"train_ds\.file_path=None must be given"),
@@ -235,6 +267,18 @@ def test_training_refuses(case: str, inputs: Inputs, command: Command) -> None:
     outcome = command("train_opdlm.py", *inputs.fill(train_arguments(*overrides)))
     assert outcome.exit_code == 2
     assert_matches(outcome.message, pattern)
+    assert contents(inputs.folder) == before
+
+
+def test_training_refuses_to_be_several_runs_of_one_rank(
+    inputs: Inputs, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = contents(inputs.folder)
+    outcome = command("train_opdlm.py", *inputs.fill(train_arguments()))
+    assert outcome.exit_code == 2
+    assert_matches(outcome.message, r"trainer\.devices=1 .*WORLD_SIZE=4: set trainer\.devices=4 trainer\.num_nodes=1$")
     assert contents(inputs.folder) == before
 
 

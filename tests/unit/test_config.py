@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +27,7 @@ from nemo_opdlm.config import (
     to_dictconfig,
     validate,
     validate_architecture,
+    validate_layout,
 )
 from nemo_opdlm.config import exp_manager as exp_manager_schema
 from nemo_opdlm.config import method as method_schema
@@ -58,12 +60,12 @@ def files(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def checked(files: dict[str, str], **overrides: Any) -> Config:
-    """A valid configuration with overrides, written with `__` for the dots of a key."""
+def checked(files: dict[str, str], environment: Mapping[str, str] | None = None, **overrides: Any) -> Config:
+    """A valid configuration with overrides by full key, read under the environment of a launcher."""
     composed = OmegaConf.create({})
     for key, value in {"trainer.max_steps": 1000, "trainer.accelerator": "cpu", **files, **overrides}.items():
         OmegaConf.update(composed, key, value)
-    return validate(parse(composed))
+    return validate(parse(composed), environment=environment or {})
 
 
 # --- defaults -------------------------------------------------------------------------------------------------------
@@ -255,6 +257,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.opdlm.attention", "flex", "not available"),
     ("model.transformer_engine", True, "not available"),
     ("model.mcore_customization_config", {"softmax_scal": 1.0}, "did you mean softmax_scale?"),
+    ("model.mcore_customization_config", {"sequence_parallel": True}, "model.sequence_parallel"),
     ("model.opdlm.responses", "dataset", "not available"),
     # contradictions with the other keys
     ("trainer.max_steps", None, "must be given"),
@@ -272,6 +275,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.global_batch_size", 7, "multiple of model.global_batch_size=7"),
     ("model.micro_batch_size", 3, "micro_batch_size=3"),
     ("model.tensor_model_parallel_size", 2, "must be a multiple of model.tensor_model_parallel_size=2"),
+    ("model.context_parallel_size", 0, "at least 1"),
+    ("model.virtual_pipeline_model_parallel_size", 1, "at least 2, or null"),
     ("model.virtual_pipeline_model_parallel_size", 2, "pipeline_model_parallel_size=1"),
     ("model.optim.sched.min_lr", 1.0, "at most model.optim.lr"),
     ("model.opdlm.tail", "partial", "divergence_top_k=0"),
@@ -314,15 +319,6 @@ def test_a_bad_value_is_one_line_with_key_value_and_rule(
         (
             {"model.fp8": True, "model.fp8_hybrid": True, "model.fp8_recipe": "mxfp8"},
             "model.fp8_recipe='mxfp8' needs model.fp8_e4m3=True",
-        ),
-        ({"trainer.devices": 4, "model.global_batch_size": 2}, "micro_batch_size=1 x 4 data-parallel ranks"),
-        (
-            {"trainer.devices": 3, "model.tensor_model_parallel_size": 2},
-            "= 3 ranks must be a multiple of model.tensor_model_parallel_size=2",
-        ),
-        (
-            {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.num_layers": 5},
-            "model.num_layers=5 must be a multiple of pipeline_model_parallel_size=2",
         ),
         (
             {
@@ -455,26 +451,199 @@ def test_a_configuration_must_fit_its_architecture(
     validate_architecture(checked(files), QWEN3_0_6B)
 
 
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        ({"pipeline_model_parallel_size": 3}, "=3 must divide num_layers=28"),
-        ({"tensor_model_parallel_size": 16}, "=16 must divide num_query_groups=8"),
-    ],
-)
-def test_a_layout_must_divide_its_architecture(files: dict[str, str], layout: dict[str, int], expected: str) -> None:
-    config = checked(files)
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        validate_architecture(replace(config, model=replace(config.model, **layout)), QWEN3_0_6B)
-
-
 def test_without_validation_checkpoints_are_saved_every_ten_rollouts(files: dict[str, str]) -> None:
     assert checked(files).exp_manager.checkpoint_callback_params.every_n_train_steps == 10 * 16
 
 
-def test_several_ranks_are_refused_by_name(files: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="trainer.devices=2 x trainer.num_nodes=1"):
-        checked(files, **{"trainer.devices": 2})
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+TP, PP, CP = (f"model.{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
+VPP, DEVICES, NODES = "model.virtual_pipeline_model_parallel_size", "trainer.devices", "trainer.num_nodes"
+BATCH, MICRO, PROMPTS = "model.global_batch_size", "model.micro_batch_size", "model.opdlm.rollout.num_prompts_per_step"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {DEVICES: 8, TP: 2},
+        {DEVICES: 8, NODES: 2, TP: 4, "model.sequence_parallel": True, PP: 2},
+        {DEVICES: 4, PP: 2, VPP: 7, CP: 2},
+        {DEVICES: 6, CP: 3},
+    ],
+)
+def test_a_layout_that_divides_everything_is_accepted(files: dict[str, str], layout: dict[str, Any]) -> None:
+    config = checked(files, **layout)
+    validate_architecture(config, QWEN3_0_6B)
+    assert config.trainer.world_size == layout[DEVICES] * layout.get(NODES, 1)
+    assert config.model.sequence_parallel is layout.get("model.sequence_parallel", False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (
+            {DEVICES: 3, TP: 2},
+            "trainer.devices=3 x trainer.num_nodes=1 = 3 ranks must be a multiple of model.tensor_model_parallel_size=2 x "
+            "pipeline_model_parallel_size=1 x context_parallel_size=1 = 2; nearest values of trainer.devices that work: 2, 4",
+        ),
+        (
+            {DEVICES: 3, NODES: 2, TP: 2, PP: 2, CP: 2},
+            "= 6 ranks must be a multiple of model.tensor_model_parallel_size=2 x pipeline_model_parallel_size=2 x "
+            "context_parallel_size=2 = 8; nearest values of trainer.devices that work: 4",
+        ),
+        (
+            {DEVICES: 4, BATCH: 2},
+            "model.global_batch_size=2 must be a multiple of micro_batch_size=1 x 4 data-parallel ranks; nearest values "
+            "that work: 4",
+        ),
+        (
+            # 24 is a multiple of 8, too, but 128 responses are not one of 24.
+            {DEVICES: 8, TP: 2, MICRO: 2, BATCH: 30},
+            "micro_batch_size=2 x 4 data-parallel ranks; nearest values that work: 16, 32",
+        ),
+        ({DEVICES: 3}, "model.global_batch_size=8 must be a multiple of micro_batch_size=1 x 3"),
+        (
+            {BATCH: 12},
+            "must be a multiple of model.global_batch_size=12; nearest values of num_prompts_per_step that work: 120, 132",
+        ),
+        ({DEVICES: 2, VPP: 2}, f"{VPP}=2 needs several pipeline stages, not pipeline_model_parallel_size=1; use null"),
+        (
+            {DEVICES: 2, PP: 2, "model.num_layers": 5},
+            "model.pipeline_model_parallel_size=2 must divide num_layers=5; nearest values that work: 1 (on 2 ranks)",
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused_with_the_nearest_values(
+    files: dict[str, str], layout: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        checked(files, **layout)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "expected"),
+    [
+        (
+            {DEVICES: 12, TP: 6},
+            {},
+            "model.tensor_model_parallel_size=6 must divide num_attention_heads=16 and num_query_groups=8 of ar.nemo; "
+            "nearest values that work: 4 (on 12 ranks)",
+        ),
+        ({DEVICES: 16, TP: 16}, {}, "=16 must divide num_query_groups=8 of ar.nemo; nearest values that work: 8 (on 16 ranks)"),
+        (
+            # Heads alone would also allow 8.
+            {DEVICES: 8, TP: 4},
+            {"ffn_hidden_size": 3070},
+            "=4 must divide ffn_hidden_size=3070 of ar.nemo; nearest values that work: 2 (on 8 ranks)",
+        ),
+        # 2 divides the network, but not the ranks.
+        ({DEVICES: 3, TP: 3}, {}, "num_query_groups=8 of ar.nemo; nearest values that work: 1 (on 3 ranks)"),
+        ({DEVICES: 24, PP: 3}, {}, "=3 must divide num_layers=28 of ar.nemo; nearest values that work: 2, 4 (on 24 ranks)"),
+        (
+            {DEVICES: 24, PP: 3, VPP: 7},
+            {},
+            "=3 x virtual_pipeline_model_parallel_size=7 must divide num_layers=28 of ar.nemo; nearest values that work: 2, 4 (",
+        ),
+        (
+            {DEVICES: 4, PP: 4, VPP: 3},
+            {},
+            "model.virtual_pipeline_model_parallel_size=3 x pipeline_model_parallel_size=4 must divide num_layers=28 of "
+            "ar.nemo; nearest values that work: 7",
+        ),
+        ({DEVICES: 2, PP: 2, VPP: 2}, {"num_layers": 2}, "must divide num_layers=2 of ar.nemo; nearest values that work: null"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_network_is_refused_with_the_nearest_values(
+    files: dict[str, str], layout: dict[str, Any], change: dict[str, int], expected: str
+) -> None:
+    config = checked(files, **{BATCH: 24, PROMPTS: 240, **layout})
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        validate_layout(config, replace(QWEN3_0_6B, **change), "ar.nemo")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_nearest_values_work_and_no_nearer_ones_do(files: dict[str, str]) -> None:
+    config = checked(files, **{DEVICES: 24, BATCH: 24, PROMPTS: 240})
+    network = replace(QWEN3_0_6B, num_attention_heads=24, num_query_groups=24, ffn_hidden_size=36)
+
+    def refusal(tp: int) -> str | None:
+        try:
+            validate_layout(replace(config, model=replace(config.model, tensor_model_parallel_size=tp)), network, "x")
+        except ValueError as error:
+            return str(error)
+        return None
+
+    fitting = [tp for tp in range(1, 25) if 24 % tp == 0 and refusal(tp) is None]
+    assert fitting == [1, 2, 3, 4, 6, 12]
+    for tp in (8, 24):
+        nearest = [max(v for v in fitting if v < tp), *[v for v in fitting if v > tp][:1]]
+        assert (refusal(tp) or "").endswith(f"that work: {', '.join(map(str, nearest))} (on 24 ranks)")
+
+
+def test_every_vocabulary_fits_every_layout_by_padding(files: dict[str, str]) -> None:
+    config = checked(files, **{DEVICES: 8, TP: 8})
+    validate_layout(config, replace(QWEN3_0_6B, vocab_size=151937), "ar.nemo")
+
+
+TORCHRUN = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "distil"}
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM], ids=["torchrun", "slurm"])
+@pytest.mark.parametrize("devices", [4, "auto", -1])
+def test_ranks_are_taken_from_the_launcher(files: dict[str, str], environment: dict[str, str], devices: Any) -> None:
+    assert checked(files, environment, **{DEVICES: devices, NODES: 2}).trainer.devices == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "configured", "expected"),
+    [
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"},
+            {},
+            "trainer.devices=1 x trainer.num_nodes=1 contradicts the launcher's WORLD_SIZE=4: set trainer.devices=4 "
+            "trainer.num_nodes=1",
+        ),
+        (TORCHRUN, {DEVICES: 8}, "WORLD_SIZE=8: set trainer.devices=4 trainer.num_nodes=2"),
+        (TORCHRUN, {DEVICES: "auto"}, "trainer.devices='auto' x trainer.num_nodes=1 contradicts"),
+        (SLURM, {DEVICES: 4}, "SLURM_NTASKS=8: set trainer.devices=4 trainer.num_nodes=2"),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, {DEVICES: 2}, "WORLD_SIZE=1: set trainer.devices=1 trainer.num_nodes=1"),
+        ({"WORLD_SIZE": "3", "LOCAL_RANK": "2"}, {DEVICES: 2, NODES: 2}, "set trainer.devices=3 trainer.num_nodes=1"),
+        (TORCHRUN | SLURM | {"SLURM_NTASKS": "2"}, {DEVICES: 1, NODES: 2}, "WORLD_SIZE=8"),
+    ],
+)
+def test_another_number_of_processes_than_configured_is_refused(
+    files: dict[str, str], environment: dict[str, str], configured: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        checked(files, environment, **configured)
+
+
+def test_processes_that_lightning_launches_agree_with_their_own_configuration(files: dict[str, str]) -> None:
+    launched = {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "NODE_RANK": "1"}
+    assert checked(files, launched, **{DEVICES: 2, NODES: 2}).trainer.world_size == 4
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        SLURM | {"SLURM_JOB_NAME": "interactive"},
+        # As some clusters set it for one process of each node, which starts the others.
+        {"WORLD_SIZE": "4", "RANK": "0"},
+        # As Lightning leaves it behind after a run on one rank.
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "NODE_RANK": "0"},
+    ],
+)
+def test_variables_that_count_no_launched_processes_are_ignored(
+    files: dict[str, str], environment: dict[str, str]
+) -> None:
+    assert checked(files, environment, **{DEVICES: 2}).trainer.world_size == 2
+
+
+@pytest.mark.parametrize("devices", ["auto", -1])
+def test_open_devices_without_a_launcher_are_one_on_a_cpu(files: dict[str, str], devices: Any) -> None:
+    assert checked(files, **{DEVICES: devices}).trainer.devices == 1
 
 
 # --- packages -------------------------------------------------------------------------------------------------------
