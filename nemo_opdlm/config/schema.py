@@ -183,6 +183,7 @@ class ModelConfig:
             stack of layers, and each sequence; the rest of the ranks is data parallel.
         virtual_pipeline_model_parallel_size: pieces of the stack on each pipeline stage, at least 2; null = 1.
         sequence_parallel: tensor-parallel ranks also share the activations between layers.
+        distributed_timeout_minutes: how long a rank waits for the others in one collective operation.
         num_layers ... init_method_std: see `Architecture`; null = as stored with the weights.
         fp8 ... num_layers_at_end_in_bf16: Transformer Engine's FP8, under NeMo's names.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.
@@ -200,6 +201,7 @@ class ModelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    distributed_timeout_minutes: float = 30.0
 
     num_layers: int | None = None
     hidden_size: int | None = None
