@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_opdlm.distillation._checks import check, member
-from nemo_opdlm.vocab import VocabReducer
+from nemo_opdlm.vocab import VocabReducer, top_k
 
 _INF = math.inf
-# Beyond every vocabulary, and its negative still fits: "no candidate left" in the search for the lowest tied id.
-_NO_ID = 2**31 - 1
 
 
 class DivergenceKind(StrEnum):
@@ -174,8 +172,8 @@ def token_divergence(student_logits: Tensor, target: Target, spec: DivergenceSpe
 def top_k_target(teacher_logits: Tensor, k: int, vocab: VocabReducer) -> TopKTarget:
     """The K most likely ids of each row of teacher logits [T, V_local], most likely first.
 
-    Each shard offers its own k best; k rounds of `vocab.max` merge the offers, so every shard ends with the same ids.
-    Of ids tied at the k-th place any may be kept: they are equally likely. Raises ValueError if k is not in 1..V.
+    Every shard ends with the same ids. Of ids tied at the k-th place any may be kept: they are equally likely. Raises
+    ValueError if k is not in 1..V.
     """
     logits = _wide(teacher_logits)
     rows, width = logits.shape
@@ -183,16 +181,8 @@ def top_k_target(teacher_logits: Tensor, k: int, vocab: VocabReducer) -> TopKTar
     if k > width:  # only then may the whole vocabulary be too small
         size = int(vocab.sum(logits.new_ones(1, width)))
         check("divergence_top_k", k, k <= size, f"at most the {size} rows of the vocabulary")
-    values, ids = logits.topk(min(k, width))
-    ids = ids + vocab.start
-    chosen = []
-    for _ in range(k):
-        best = vocab.max(values)[:, None]
-        is_best = (values == best) | values.isnan()  # NaN logits still get real ids, so that the loss can report them
-        token = -vocab.max(torch.where(is_best, -ids, -_NO_ID))[:, None]
-        values, ids = values.masked_fill(ids == token, -_INF), ids.masked_fill(ids == token, _NO_ID)
-        chosen.append(token)
-    token_ids = torch.cat(chosen, -1)
+    # NaN logits still get real ids, so that the loss can report them.
+    token_ids = top_k(logits, k, vocab)[1]
     log_probs = _top_k_log_probs(logits, token_ids, vocab)
     return TopKTarget(token_ids, log_probs[:, :-1], log_probs[:, -1])
 

@@ -1,14 +1,7 @@
-"""A vocabulary cut into shards gives the values and the gradients of the whole one.
-
-Every shard runs in its own thread with its own autograd graph, as every tensor-parallel rank runs in its own process;
-collectives meet at a barrier, in the forward and in the backward pass, and add in shard order.
-"""
+"""A vocabulary cut into shards gives the values and the gradients of the whole one."""
 
 import math
-import threading
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,6 +18,7 @@ from nemo_opdlm.distillation.divergence import (
     token_divergence,
     top_k_target,
 )
+from nemo_opdlm.testing.threaded_vocab import ThreadedVocab, on_shards
 from nemo_opdlm.vocab import LocalVocab
 
 T, V = 5, 12
@@ -35,91 +29,9 @@ CASES = [("nll", 0, "tail_bucket")] + [
 ]
 
 
-class Meeting:
-    """All-reduce among threads."""
-
-    def __init__(self, num_shards: int) -> None:
-        self.slots: list[Tensor] = [torch.empty(0)] * num_shards
-        self.barrier = threading.Barrier(num_shards, timeout=10)
-
-    def all_reduce(self, shard: int, x: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
-        self.slots[shard] = x.detach()
-        self.barrier.wait()
-        total = combine(torch.stack(self.slots))
-        self.barrier.wait()
-        return total
-
-
-class ReduceForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, reduce):  # noqa: ANN001, ANN205
-        return reduce(x)
-
-    @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        return grad, None
-
-
-class ReduceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, reduce):  # noqa: ANN001, ANN205
-        ctx.reduce = reduce
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        return ctx.reduce(grad), None
-
-
-class ThreadedVocab:
-    """One shard of the vocabulary, the others in other threads."""
-
-    def __init__(self, meeting: Meeting, shard: int, width: int) -> None:
-        self.meeting, self.shard, self.start = meeting, shard, shard * width
-
-    def _add(self, x: Tensor) -> Tensor:
-        return self.meeting.all_reduce(self.shard, x, lambda stack: stack.sum(0))
-
-    def max(self, x: Tensor) -> Tensor:
-        return self.meeting.all_reduce(self.shard, x.detach().amax(-1), lambda stack: stack.amax(0))
-
-    def sum(self, x: Tensor) -> Tensor:
-        return ReduceForward.apply(x.sum(-1), self._add)
-
-    def spread(self, x: Tensor) -> Tensor:
-        return ReduceBackward.apply(x, self._add)
-
-    def take(self, x: Tensor, ids: Tensor) -> Tensor:
-        column = ids - self.start
-        owned = (column >= 0) & (column < x.shape[-1])
-        mine = x.gather(-1, column.masked_fill(~owned, 0)).masked_fill(~owned, 0.0)
-        return ReduceForward.apply(mine, self._add)
-
-
 class ForgetsToSpread(ThreadedVocab):
     def spread(self, x: Tensor) -> Tensor:
         return x
-
-
-def on_shards(num_shards: int, body: Callable, vocab_class: type = ThreadedVocab) -> list:
-    """body(vocab, columns) of every shard, in shard order; columns is its slice of the vocabulary."""
-    width, meeting = V // num_shards, Meeting(num_shards)
-
-    def run(shard: int) -> object:
-        try:
-            return body(vocab_class(meeting, shard, width), slice(shard * width, (shard + 1) * width))
-        except BaseException:
-            meeting.barrier.abort()  # or the other shards would wait for this one
-            raise
-
-    with ThreadPoolExecutor(num_shards) as pool:
-        futures = [pool.submit(run, shard) for shard in range(num_shards)]
-    causes = [
-        e for e in (future.exception() for future in futures) if e and not isinstance(e, threading.BrokenBarrierError)
-    ]
-    if causes:
-        raise causes[0]
-    return [future.result() for future in futures]
 
 
 def spec_of(kind: str, top_k: int, tail: str) -> DivergenceSpec:
@@ -158,7 +70,7 @@ def test_sharded_equals_unsharded(
     student, teacher = logits_with_padding(0, dtype), logits_with_padding(1, dtype)
     spec = spec_of(kind, top_k, tail)
     values, grad = run_divergence(student, teacher, spec, LocalVocab(), slice(0, V))
-    shards = on_shards(num_shards, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns))
+    shards = on_shards(num_shards, V, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns))
     for shard_values, _ in shards:
         torch.testing.assert_close(shard_values, values, rtol=tolerance, atol=tolerance)
     shard_grads = torch.cat([shard_grad for _, shard_grad in shards], -1)
@@ -172,7 +84,7 @@ def test_the_comparison_notices_a_normaliser_that_is_not_spread() -> None:
     spec = spec_of("forward_kl", 0, "tail_bucket")
     values, grad = run_divergence(student, teacher, spec, LocalVocab(), slice(0, V))
     shards = on_shards(
-        2, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns), vocab_class=ForgetsToSpread
+        2, V, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns), vocab_class=ForgetsToSpread
     )
     torch.testing.assert_close(shards[0][0], values)
     assert (torch.cat([shard_grad for _, shard_grad in shards], -1) - grad).abs().max() > 0.1
@@ -184,7 +96,7 @@ def test_sharded_top_k_target_equals_unsharded(num_shards: int, k: int) -> None:
     teacher = logits_with_padding(2, torch.float32)
     expected = top_k_target(teacher, k, LocalVocab())
     targets: list[TopKTarget] = on_shards(
-        num_shards, lambda vocab, columns: top_k_target(teacher[:, columns], k, vocab)
+        num_shards, V, lambda vocab, columns: top_k_target(teacher[:, columns], k, vocab)
     )
     for target in targets:
         assert torch.equal(target.token_ids, expected.token_ids)
@@ -195,7 +107,7 @@ def test_sharded_top_k_target_equals_unsharded(num_shards: int, k: int) -> None:
 def test_sharded_top_k_target_refuses_more_than_the_whole_vocabulary() -> None:
     with pytest.raises(ValueError, match=rf"divergence_top_k={V + 1} .*at most the {V} rows"):
         on_shards(
-            3, lambda vocab, columns: top_k_target(logits_with_padding(3, torch.float32)[:, columns], V + 1, vocab)
+            3, V, lambda vocab, columns: top_k_target(logits_with_padding(3, torch.float32)[:, columns], V + 1, vocab)
         )
 
 
@@ -203,6 +115,6 @@ def test_a_shard_that_lies_wholly_inside_the_top_k_has_no_share_in_the_tail() ->
     teacher = torch.arange(V, 0, -1, dtype=torch.float64).expand(T, V)  # the top 4 are exactly the first of 3 shards
     student, spec = logits_with_padding(4, torch.float64), spec_of("forward_kl", 4, "tail_bucket")
     values, grad = run_divergence(student, teacher, spec, LocalVocab(), slice(0, V))
-    shards = on_shards(3, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns))
+    shards = on_shards(3, V, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns))
     torch.testing.assert_close(shards[0][0], values)
     torch.testing.assert_close(torch.cat([shard_grad for _, shard_grad in shards], -1), grad)
