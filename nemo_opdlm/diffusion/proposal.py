@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_opdlm.vocab import VocabReducer, argmax, lowest_id, top_k
+
 _INF = float("inf")
+# exp() of it is 0 in fp32.
+_LOG_OF_NOTHING = -200.0
+_CHUNK_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -45,67 +50,131 @@ class Proposal:
     entropy: Tensor
 
 
-def propose(logits: Tensor, uniform: Tensor, params: SamplingParams, forbidden: Tensor) -> Proposal:
+@torch.no_grad()
+def propose(
+    logits: Tensor, uniform: Tensor, params: SamplingParams, forbidden: Tensor, vocab: VocabReducer
+) -> Proposal:
     """Draw one token per position by inverting the distribution function at one uniform number.
+
+    The vocabulary may be sharded: every shard returns the same proposal, the one that the whole vocabulary would give
+    (two tokens within rounding of each other aside), and none ever sees the logits of another.
 
     Where logits are NaN or +inf, or nothing is allowed, confidence and entropy are NaN and the token is the lowest
     allowed one, so that a rollout goes on and its record shows what happened.
 
     Args:
-        logits: ``[..., V]``.
+        logits: ``[..., V_local]``.
         uniform: in [0, 1), ``[...]``.
-        params: temperature and filters.
-        forbidden: bool ``[V]``, tokens that are never proposed and count in no probability.
+        params: temperature and filters. At temperature 0 the lowest of equally likely tokens is taken.
+        forbidden: bool ``[V_local]``, tokens that are never proposed and count in no probability.
+        vocab: which columns these are.
     """
+    # Two tensors as large as the logits do for everything, overwritten in place: fresh ones are most of the time on a CPU.
     logits = logits.float().masked_fill(forbidden, -_INF)
-    p_raw = logits.softmax(-1)
+    # With a largest logit of 0, weights cannot overflow, neither here nor at a tiny temperature. They stay without a
+    # normaliser, because their sum is NaN where any shard has a NaN, which a maximum may swallow.
+    logits -= vocab.max(logits)[..., None]
+    weights = logits.exp()
+    mass = vocab.sum(weights)
     if params.temperature == 0:
-        token_ids = logits.argmax(-1)
-        entropy = torch.zeros_like(uniform, dtype=torch.float32)
+        token_ids = argmax(logits, vocab)
+        entropy = torch.zeros_like(mass)
     else:
-        p_samp = _sampling_probabilities(logits, p_raw, params)
-        token_ids = _invert(p_samp, uniform)
-        entropy = torch.special.entr(p_samp).sum(-1)
-    confidence = p_raw.gather(-1, token_ids[..., None])[..., 0]
+        if params.temperature != 1:
+            torch.div(logits, params.temperature, out=weights).exp_()
+        _filter_(weights, logits, params, vocab)
+        token_ids = _draw(weights, uniform, vocab)
+        entropy = _entropy_(weights, logits, params.temperature, vocab)
+    confidence = vocab.take(logits, token_ids[..., None])[..., 0].exp() / mass
     is_broken = confidence.isnan()
-    lowest_allowed = (~forbidden).to(torch.uint8).argmax()
+    columns = torch.arange(vocab.start, vocab.start + forbidden.numel(), device=forbidden.device)
     return Proposal(
-        torch.where(is_broken, lowest_allowed, token_ids), confidence, torch.where(is_broken, confidence, entropy)
+        torch.where(is_broken, lowest_id(columns, ~forbidden, vocab), token_ids),
+        confidence,
+        torch.where(is_broken, confidence, entropy),
     )
 
 
-def _sampling_probabilities(logits: Tensor, p_raw: Tensor, params: SamplingParams) -> Tensor:
-    """p_samp ``[..., V]``: temperature, then top-k, then top-p on what is left, as Hugging Face orders them."""
-    if params == SamplingParams():
-        return p_raw
-    # Shifted to a largest logit of 0, a tiny temperature cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+def _filter_(weights: Tensor, logits: Tensor, params: SamplingParams, vocab: VocabReducer) -> None:
+    """Take away the weight of what top-k, then top-p on what is left, exclude; in the order of Hugging Face."""
     if params.top_k:
-        kth = logits.topk(min(params.top_k, logits.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < kth, -_INF)
+        kth = top_k(logits, params.top_k, vocab)[0][..., -1:]
+        weights.masked_fill_(logits < kth, 0.0)
     if params.top_p < 1:
-        logits = logits.masked_fill(~_nucleus(logits, params.top_p), -_INF)
-    return logits.softmax(-1)
+        weights.masked_fill_(~_nucleus(weights, params.top_p, vocab), 0.0)
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens with a mass of at least ``top_p``, bool ``[..., V]``; never empty."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    keep = mass_before < top_p
-    return torch.zeros_like(keep).scatter(-1, order, keep)
+def _nucleus(weights: Tensor, top_p: float, vocab: VocabReducer) -> Tensor:
+    """The smallest set of most likely tokens with a mass of at least ``top_p``, bool ``[..., V_local]``; never empty.
 
-
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token whose share of [0, 1) holds ``uniform``: first the cumulated probability exceeds it.
-
-    Rounding must neither select a token of probability 0 (sums in parallel may step up there) nor run past the last
-    one: such tokens are taken out of the comparison, and the threshold stays below the largest cumulated value, which
-    therefore always exceeds it.
+    A token belongs to it if the tokens before it, by falling weight and rising id, have less than that mass. Without
+    sorting: bisection finds the least weight in the set. Its bits are what is halved, because non-negative floats are
+    ordered like the integers with the same bits; 30 halvings single out one float of [0, 1].
     """
-    cumulated = probabilities.cumsum(-1).masked_fill_(probabilities == 0, 0.0)
+    target = (top_p * vocab.sum(weights)).clamp(min=torch.finfo(weights.dtype).tiny)
+
+    indicator = torch.empty_like(weights)  # written over and over: much faster than a fresh bool tensor each time
+
+    def mass_above(weight: Tensor) -> Tensor:
+        return vocab.sum(torch.gt(weights, weight[..., None], out=indicator).mul_(weights))
+
+    low = torch.zeros_like(target, dtype=torch.int32)
+    high = torch.ones_like(target).view(torch.int32)
+    for _ in range(30):
+        middle = (low + high) // 2
+        is_enough = mass_above(middle.view(torch.float32)) < target
+        low, high = torch.where(is_enough, low, middle + 1), torch.where(is_enough, middle, high)
+    least = high.view(torch.float32)
+    num_tied_kept = (target - mass_above(least)) / least
+    rank = torch.eq(weights, least[..., None], out=indicator).cumsum(-1)  # of tied tokens on this shard, from 1
+    before = vocab.gather(rank[..., -1:])[..., : vocab.shard].sum(-1, keepdim=True)
+    is_tied_kept = indicator.bool() & (rank.add_(before - 1) < num_tied_kept[..., None])
+    return (weights > least[..., None]) | is_tied_kept
+
+
+def _draw(weights: Tensor, uniform: Tensor, vocab: VocabReducer) -> Tensor:
+    """The token whose share of the summed weights holds ``uniform``, global ids ``[...]``.
+
+    Shares nest: the number first picks a shard, then a chunk of its columns, then a column, each time going on with
+    its place in the share it fell into. So only short lists are cumulated, and only the shards' masses are exchanged.
+    """
+    chunk_masses = _chunk_sums(weights)
+    owner, uniform = _invert(vocab.gather(chunk_masses.sum(-1, keepdim=True)), uniform)
+    chunk, uniform = _invert(chunk_masses, uniform)
+    columns = chunk[..., None] * _CHUNK_COLUMNS + torch.arange(_CHUNK_COLUMNS, device=weights.device)
+    last = weights.shape[-1] - 1
+    column, _ = _invert(weights.gather(-1, columns.clamp(max=last)).masked_fill(columns > last, 0.0), uniform)
+    ids = vocab.start + chunk * _CHUNK_COLUMNS + column
+    return lowest_id(ids[..., None], (owner == vocab.shard)[..., None], vocab)
+
+
+def _chunk_sums(weights: Tensor) -> Tensor:
+    """Sums of consecutive columns; those left over are the last chunk, which may be empty."""
+    num_whole, size = weights.shape[-1] // _CHUNK_COLUMNS, _CHUNK_COLUMNS
+    whole, rest = weights[..., : num_whole * size], weights[..., num_whole * size :]
+    return torch.cat([whole.unflatten(-1, (num_whole, size)).sum(-1), rest.sum(-1, keepdim=True)], -1)
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Of outcomes ``[..., K]`` the one whose share of [0, 1) holds ``uniform``, and the place of the number inside it.
+
+    Rounding must neither select an outcome of weight 0 (sums in parallel may step up there) nor run past the last
+    one: such outcomes are taken out of the comparison, and the threshold stays below the largest cumulated value,
+    which therefore always exceeds it.
+    """
+    cumulated = weights.cumsum(-1).masked_fill_(weights == 0, 0.0)
     total = cumulated.amax(-1)
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    exceeds = cumulated > threshold[..., None]
-    return exceeds.to(torch.uint8).argmax(-1)
+    index = (cumulated > threshold[..., None]).to(torch.uint8).argmax(-1, keepdim=True)
+    weight, end = weights.gather(-1, index)[..., 0], cumulated.gather(-1, index)[..., 0]
+    return index[..., 0], (1 - (end - threshold) / weight).clamp(0.0, 1.0)
+
+
+def _entropy_(weights: Tensor, logits: Tensor, temperature: float, vocab: VocabReducer) -> Tensor:
+    """Entropy in nats of weights ``[..., V_local]``, each exp(logit / temperature) or 0; overwrites the weights.
+
+    Logits of no weight are raised to a finite value, because 0 * -inf would be NaN.
+    """
+    mass = vocab.sum(weights)
+    mean_logit = vocab.sum(weights.mul_(logits.clamp_(min=_LOG_OF_NOTHING * temperature))) / mass
+    return (mass.log() - mean_logit / temperature).clamp(min=0.0)

@@ -15,6 +15,7 @@ from nemo_opdlm.megatron.attention import CachedQuery, KVCache
 from nemo_opdlm.megatron.forward import MicroBatch, forward_only
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.student import HiddenStatesGPT, autocast
+from nemo_opdlm.vocab import local_columns
 
 
 class MegatronDenoiser:
@@ -61,11 +62,13 @@ class MegatronDenoiser:
         return self._propose_at(is_masked, logits, uniform)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[T, V]`` of the rows asked for; the one place where a rollout's logits exist."""
+        """Logits ``[T, V_local]`` of the rows asked for; the one place where a rollout's logits exist."""
         return self.head.logits(hidden)
 
     def _propose_at(self, is_masked: Tensor, logits: Tensor, uniform: Tensor) -> Proposal:
-        at_masks = propose(logits, uniform[is_masked], self.sampling, self.forbidden)
+        vocab = self.head.vocab
+        forbidden = local_columns(self.forbidden, logits.shape[-1], vocab)
+        at_masks = propose(logits, uniform[is_masked], self.sampling, forbidden, vocab)
         token_ids = torch.zeros_like(is_masked, dtype=torch.int64)
         token_ids[is_masked] = at_masks.token_ids
         confidence, entropy = (uniform.new_zeros(is_masked.shape, dtype=torch.float32) for _ in range(2))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
 from nemo_opdlm.rng import Stream, uniform
+from nemo_opdlm.vocab import LocalVocab
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class FakeDenoiser:
             chain = self.chains.get(row, [])
             assert at == self._next_positions(chain), f"row {row} asks for {at} after {len(chain)} committed blocks"
             logits.append(self._block_logits(chain[-1] if chain else 0, block, at[0]))
-        return propose(torch.stack(logits), uniform, self.params, self.forbidden_mask)
+        return propose(torch.stack(logits), uniform, self.params, self.forbidden_mask, LocalVocab())
 
     def logits(self, token_ids: list[int], start: int) -> Tensor:
         """Logits ``[b, V]`` of the block at ``start`` in a whole row of tokens, without a cache: the reference."""

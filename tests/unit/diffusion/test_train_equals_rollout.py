@@ -14,6 +14,7 @@ from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, VOCAB_SIZE, random_prompts, rollout_settings
+from nemo_opdlm.vocab import LocalVocab
 
 BLOCK_SIZES = [1, 2, 3, 4]
 NUM_LAYERS, HIDDEN = 3, 8
@@ -70,7 +71,7 @@ class CachedDenoiser:
             block = tuple(token_ids[i, -self.block_size :].tolist())
             self.logits[row, int(position_ids[i, -self.block_size]), block] = logits[i]
         forbidden = torch.arange(VOCAB_SIZE) == MASK_TOKEN_ID
-        return propose(logits, uniform, SamplingParams(), forbidden)
+        return propose(logits, uniform, SamplingParams(), forbidden, LocalVocab())
 
     def forward(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> Tensor:
         visible = int(position_ids[valid].max()) + 1
