@@ -1,0 +1,87 @@
+"""The collectives of two tensor-parallel ranks answer as a whole vocabulary does, gradients included."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from nemo_opdlm.diffusion.proposal import SamplingParams, propose
+from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, token_divergence, top_k_target
+from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
+from nemo_opdlm.vocab import LocalVocab, local_columns
+
+T, V, RANKS = 6, 40, 2
+WIDTH = V // RANKS
+
+
+def random_logits(seed: int) -> Tensor:
+    logits = 2 * torch.randn(T, V, generator=torch.Generator().manual_seed(seed))
+    logits[:, -3:] = -torch.inf
+    return logits
+
+
+def check_reductions(vocab: TensorParallelVocab, mine: slice) -> None:
+    whole = LocalVocab()
+    x, ids = random_logits(0), torch.tensor([[0, 39, 19, 20]]).expand(T, -1)
+    assert torch.equal(vocab.max(x[:, mine]), whole.max(x))
+    numbers = torch.arange(T * V).reshape(V, T).T * 2**40
+    assert torch.equal(vocab.max(numbers[:, mine]), whole.max(numbers))
+    finite = x.clamp(min=-9).T.contiguous().T  # also columns first, whose sums are not contiguous
+    torch.testing.assert_close(vocab.sum(finite[:, mine]), whole.sum(finite))
+    batch = finite.expand(3, T, V).transpose(0, 1)
+    torch.testing.assert_close(vocab.sum(batch[..., mine]), whole.sum(batch))
+    x[:, 0], x[:, 20] = torch.nan, torch.inf  # the columns that a rank reads in place of foreign ones
+    torch.testing.assert_close(vocab.take(x[:, mine], ids), whole.take(x, ids), equal_nan=True)
+    assert torch.equal(vocab.take(x[:, mine], ids[:, 1:3]), whole.take(x, ids[:, 1:3]))
+    lists = finite[:, ::10]
+    assert torch.equal(vocab.gather(lists[:, vocab.shard * 2 : vocab.shard * 2 + 2]), lists)
+
+
+def check_gradients(vocab: TensorParallelVocab, mine: slice) -> None:
+    x = random_logits(1)[:, mine].clone().requires_grad_()
+    weight = torch.arange(1.0, T + 1)
+    ids = torch.tensor([[3, 25]]).expand(T, -1)
+    (vocab.take(x, ids) * weight[:, None]).sum().backward()
+    expected = torch.zeros(T, V).scatter(1, ids, weight[:, None].expand(-1, 2))[:, mine]
+    assert torch.equal(x.grad, expected)
+    y = torch.ones(T, requires_grad=True)
+    other = torch.ones(T, requires_grad=True)
+    # The incoming gradient is expanded, hence not contiguous, and goes to another branch as well.
+    (vocab.spread(y) + other).sum().backward()
+    assert torch.equal(y.grad, torch.full((T,), float(RANKS))) and torch.equal(other.grad, torch.ones(T))
+
+
+def check_formulas(vocab: TensorParallelVocab, mine: slice) -> None:
+    whole, student, teacher = LocalVocab(), random_logits(2), random_logits(3)
+    expected_x, x = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
+    for top_k in (0, 5, 25):
+        spec = DivergenceSpec(top_k=top_k)
+        target = top_k_target(teacher[:, mine], top_k, vocab) if top_k else FullTarget(teacher[:, mine])
+        expected_target = top_k_target(teacher, top_k, whole) if top_k else FullTarget(teacher)
+        values = token_divergence(x, target, spec, vocab)
+        expected = token_divergence(expected_x, expected_target, spec, whole)
+        torch.testing.assert_close(values, expected)
+        (grad,), (expected_grad,) = (torch.autograd.grad(v.sum(), w) for v, w in ((values, x), (expected, expected_x)))
+        torch.testing.assert_close(grad, expected_grad[:, mine])
+    forbidden, uniform = torch.zeros(V - 3, dtype=torch.bool), torch.linspace(0, 0.99, T)
+    forbidden[:5] = True
+    for params in (SamplingParams(), SamplingParams(0.0), SamplingParams(0.7, 25, 0.9)):
+        proposal = propose(student[:, mine], uniform, params, local_columns(forbidden, WIDTH, vocab), vocab)
+        expected_proposal = propose(student, uniform, params, local_columns(forbidden, V, whole), whole)
+        torch.testing.assert_close(vars(proposal), vars(expected_proposal))
+
+
+def run_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    vocab = TensorParallelVocab(dist.group.WORLD, WIDTH)
+    assert (vocab.shard, vocab.start) == (rank, rank * WIDTH)
+    for check in (check_reductions, check_gradients, check_formulas):
+        check(vocab, slice(vocab.start, vocab.start + WIDTH))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    mp.spawn(run_rank, (str(tmp_path / "store"),), nprocs=RANKS)
