@@ -69,7 +69,8 @@ def propose(
         forbidden: bool ``[V_local]``, tokens that are never proposed and count in no probability.
         vocab: which columns these are.
     """
-    # Two tensors as large as the logits do for everything, overwritten in place: fresh ones are most of the time on a CPU.
+    # Two tensors as large as the logits, overwritten in place, do for everything: on a CPU a fresh one costs as much
+    # as all that is computed in it.
     logits = logits.float().masked_fill(forbidden, -_INF)
     # With a largest logit of 0, weights cannot overflow, neither here nor at a tiny temperature. They stay without a
     # normaliser, because their sum is NaN where any shard has a NaN, which a maximum may swallow.
@@ -112,7 +113,6 @@ def _nucleus(weights: Tensor, top_p: float, vocab: VocabReducer) -> Tensor:
     ordered like the integers with the same bits; 30 halvings single out one float of [0, 1].
     """
     target = (top_p * vocab.sum(weights)).clamp(min=torch.finfo(weights.dtype).tiny)
-
     indicator = torch.empty_like(weights)  # written over and over: much faster than a fresh bool tensor each time
 
     def mass_above(weight: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def assert_same(actual: Proposal, expected: Proposal) -> None:
 @pytest.mark.parametrize("params", PARAMS, ids=str)
 @pytest.mark.parametrize("forbidden", [(), (0, 7, 31), range(18)], ids=["nothing", "some", "whole shards"])
 def test_sharded_equals_unsharded(params: SamplingParams, forbidden: tuple[int, ...], num_shards: int) -> None:
-    case = padded_logits(100), random_uniform(100), params, forbid(*forbidden)
+    case = padded_logits(50), random_uniform(50), params, forbid(*forbidden)
     assert_same(proposed_by_all(num_shards, *case), proposed_by_one(*case))
 
 
@@ -153,7 +153,7 @@ def test_top_p_keeps_the_nucleus_of_the_oracle(num_levels: int, top_p: float, nu
     # Few levels make many ties, of which the lowest ids are kept, across shards.
     logits = padded_logits()
     logits[:V] = (logits[:V] * num_levels / 6).round() * 2 / num_levels
-    num = 4000
+    num = 500
     proposal = proposed_by_all(
         num_shards, logits.expand(num, -1), (torch.arange(num) + 0.5) / num, SamplingParams(top_p=top_p), forbid()
     )
@@ -167,9 +167,9 @@ def test_top_p_keeps_the_nucleus_of_the_oracle(num_levels: int, top_p: float, nu
 
 
 @SEVERAL
-@pytest.mark.parametrize("params", PARAMS[12:], ids=str)
+@pytest.mark.parametrize("params", PARAMS[12::2], ids=str)
 def test_tokens_are_proposed_as_often_as_they_are_likely(params: SamplingParams, num_shards: int) -> None:
-    logits, forbidden, num = padded_logits(seed=4)[:V], forbid(3, 4, 17), 4000
+    logits, forbidden, num = padded_logits(seed=4)[:V], forbid(3, 4, 17), 1000
     padded = torch.cat([logits, torch.full((4,), -math.inf)]).expand(num, -1)
     proposal = proposed_by_all(num_shards, padded, (torch.arange(num) + 0.5) / num, params, forbidden)
     shares = proposal.token_ids.bincount(minlength=V) / num
