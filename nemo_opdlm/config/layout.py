@@ -92,12 +92,13 @@ def _check_batch(config: Config) -> None:
     batch, responses, ranks = model.global_batch_size, rollout.num_samples_per_step, world // model.model_parallel_size
     whole = model.micro_batch_size * ranks
     if batch % whole:
-        # Where no batch suits the rollout as well, it is the rollout that has to change next.
-        total = responses if responses % whole == 0 else 0
+        suits_rollout = responses % whole == 0
+        total, note = (responses, "") if suits_rollout else (0, " (if num_prompts_per_step is a multiple, too)")
         raise ValueError(
             f"model.global_batch_size={batch} must be a multiple of micro_batch_size={model.micro_batch_size} x {ranks} "
             "data-parallel ranks; "
             + _nearest(batch, max(responses, batch + whole), lambda v: v % whole == 0 and total % v == 0)
+            + note
         )
     if responses % batch:
         prompts, repeats = rollout.num_prompts_per_step, rollout.num_responses_per_prompt

@@ -502,7 +502,12 @@ def test_a_layout_that_divides_everything_is_accepted(files: dict[str, str], lay
             {DEVICES: 8, TP: 2, MICRO: 2, BATCH: 30},
             "micro_batch_size=2 x 4 data-parallel ranks; nearest values that work: 16, 32",
         ),
-        ({DEVICES: 3}, "model.global_batch_size=8 must be a multiple of micro_batch_size=1 x 3"),
+        (
+            # No multiple of 3 divides 128 responses.
+            {DEVICES: 3},
+            "micro_batch_size=1 x 3 data-parallel ranks; nearest values that work: 6, 9 (if num_prompts_per_step is a "
+            "multiple, too)",
+        ),
         (
             {BATCH: 12},
             "must be a multiple of model.global_batch_size=12; nearest values of num_prompts_per_step that work: 120, 132",
