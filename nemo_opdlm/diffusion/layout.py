@@ -107,6 +107,12 @@ class TwoStreamRows:
     attributes: TokenAttributes
     loss_mask: Tensor
 
+    def columns(self, columns: Tensor) -> "TwoStreamRows":
+        """Some of the columns of all rows: a context-parallel rank's share."""
+        return TwoStreamRows(
+            self.token_ids[:, columns], self.attributes.map(lambda x: x[:, columns]), self.loss_mask[:, columns]
+        )
+
     @property
     def copy_ids(self) -> Tensor:
         """State copy of each token from 0, int64 ``[B, N]``; -1 for prompt, clean and padding tokens."""
@@ -119,10 +125,10 @@ class TwoStreamRows:
         return SupervisedIndex(row, column, self.copy_ids[row, column], self.attributes.position_ids[row, column])
 
 
-def two_stream_rows(trajectory: Trajectory, states: DenoisingState, width: int | None = None) -> TwoStreamRows:
-    """Rows ``[prompt | clean | state x c]`` of a batch; ``width`` pads them further than the longest row."""
+def two_stream_rows(trajectory: Trajectory, states: DenoisingState, multiple_of: int = 1) -> TwoStreamRows:
+    """Rows ``[prompt | clean | state x c]`` of a batch, padded to a multiple of ``multiple_of`` columns."""
     layout = BlockLayout(trajectory.prompt_len, trajectory.response_len, states.num_states, trajectory.block_size)
-    width = int(layout.row_len.max()) if width is None else width
+    width = -(-int(layout.row_len.max()) // multiple_of) * multiple_of
     clean_has_no_loss = torch.zeros_like(trajectory.token_ids, dtype=torch.bool)
     return TwoStreamRows(
         layout.gather(trajectory.token_ids, states.state_ids, width),
@@ -131,13 +137,24 @@ def two_stream_rows(trajectory: Trajectory, states: DenoisingState, width: int |
     )
 
 
-def clean_rows(trajectory: Trajectory, width: int | None = None) -> tuple[Tensor, TokenAttributes]:
+def share_of_columns(width: int, rank: int, num_ranks: int) -> Tensor:
+    """Columns of a row that a context-parallel rank holds: the pieces number ``rank`` and ``-1 - rank`` of 2 * num_ranks.
+
+    What a query sees grows along the clean stream and again along each state copy, so a piece from the front and one from
+    the back give every rank about the same work. ``width`` has to be a multiple of 2 * num_ranks.
+    """
+    assert width % (2 * num_ranks) == 0, (width, num_ranks)
+    pieces = torch.arange(width).chunk(2 * num_ranks)
+    return torch.cat([pieces[rank], pieces[-1 - rank]])
+
+
+def clean_rows(trajectory: Trajectory, multiple_of: int = 1) -> tuple[Tensor, TokenAttributes]:
     """``[prompt | response]`` for a causal pass: ids ``[B, Nc]`` (0 in padding) and attributes; column = position.
 
-    The rest of the final block is left out: no target comes from it.
+    The rest of the final block is left out: no target comes from it. Rows are padded to a multiple of ``multiple_of``.
     """
     total = (trajectory.prompt_len + trajectory.response_len)[:, None]
-    width = int(total.max()) if width is None else width
+    width = -(-int(total.max()) // multiple_of) * multiple_of
     positions = torch.arange(width, device=total.device).expand(total.shape[0], -1)
     is_token = positions < total
     rows = torch.arange(total.shape[0], device=total.device)[:, None].expand_as(positions)

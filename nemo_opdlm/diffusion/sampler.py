@@ -1,8 +1,8 @@
 """Rollout: block by block, and inside a block denoising step by denoising step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,16 @@ class Denoiser(Protocol):
         and values this forward also writes (rows without one are not ``valid`` there).
         """
         ...
+
+
+class Query(NamedTuple):
+    """What the sampler asks of the network: a prefill where ``uniform`` is None, else proposals (see `Denoiser`)."""
+
+    rows: Tensor
+    token_ids: Tensor
+    position_ids: Tensor
+    valid: Tensor
+    uniform: Tensor | None
 
 
 class RolloutProgress(TypedDict):
@@ -87,14 +97,40 @@ def rollout(
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
 ) -> Trajectory:
+    """Answer a batch of prompts with one network that answers at once; see `decode` for the arguments."""
+    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress)
+    answer: Proposal | None = None
+    while True:
+        try:
+            query = steps.send(answer)
+        except StopIteration as end:
+            trajectory: Trajectory = end.value
+            return trajectory
+        if query.uniform is None:
+            denoiser.prefill(*query[:-1])
+            answer = None
+        else:
+            answer = denoiser.propose(*query[:-1], query.uniform)
+
+
+def decode(
+    prompt_ids: Tensor,
+    prompt_len: Tensor,
+    max_new_tokens: Tensor,
+    sample_ids: Tensor,
+    settings: RolloutSettings,
+    on_progress: Callable[[RolloutProgress], None] | None = None,
+) -> Generator[Query, Proposal | None, Trajectory]:
     """Answer a batch of prompts. A row's answer does not depend on the rows beside it, nor on their order.
 
     Rows go through their blocks independently; every forward denoises one block of each unfinished row, and the first
     forward of a block also commits the block before it, so no forward is spent on the cache alone and none follows a
     row's last block. The device is read once per forward.
 
+    Written as a coroutine, so that a pipeline can keep the queries of several batches in flight: it yields what it asks
+    of the network and is sent the proposals (None after a prefill).
+
     Args:
-        denoiser: the network.
         prompt_ids: int64 ``[B, Lp]``, padded on the right.
         prompt_len: int64 ``[B]``, at least 1.
         max_new_tokens: int64 ``[B]``, at least 1; a response of that length has no end token added.
@@ -103,10 +139,13 @@ def rollout(
         on_progress: called before each forward and once at the end.
     """
     canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress)
-    canvas.prefill(denoiser)
+    prefill = canvas.prefill()
+    if prefill is not None:
+        yield prefill
     while (blocks := canvas.open_blocks()) is not None:
         masked = canvas.unmask_step[blocks.places] == NEVER_UNMASKED
-        proposal = denoiser.propose(*canvas.query(blocks), canvas.uniform(Stream.PROPOSAL, blocks))
+        proposal = yield canvas.query(blocks)
+        assert proposal is not None
         reveal = positions_to_reveal(
             settings.remasking, proposal, masked, canvas.quota(blocks), canvas.uniform(Stream.REMASKING, blocks)
         )
@@ -165,15 +204,15 @@ class _Canvas:
         self.quotas = quota(self.block_size, settings.denoising_steps).to(prompt_ids.device)
         self.end_token_ids = torch.tensor(settings.end_token_ids, dtype=torch.int64, device=prompt_ids.device)
 
-    def prefill(self, denoiser: Denoiser) -> None:
-        """Cache the whole prompt blocks but the last, which is committed by the first denoising forward."""
+    def prefill(self) -> Query | None:
+        """The whole prompt blocks but the last, which is committed by the first denoising forward; None if there are none."""
         prefill_len = self.block_start - self.block_size
         rows = (prefill_len > 0).nonzero()[:, 0]
         if rows.numel() == 0:
-            return
+            return None
         width = int(prefill_len.max())
         positions = torch.arange(width, device=rows.device).expand(rows.numel(), -1)
-        denoiser.prefill(rows, self.token_ids[rows, :width], positions, positions < prefill_len[rows, None])
+        return Query(rows, self.token_ids[rows, :width], positions, positions < prefill_len[rows, None], None)
 
     def open_blocks(self) -> _Blocks | None:
         """The blocks to denoise now, None when every row is finished; reads the device once."""
@@ -198,14 +237,15 @@ class _Canvas:
         self.num_forwards[rows] += 1
         return _Blocks(rows, self.block_start[rows, None] + self.offsets, any_pending)
 
-    def query(self, blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, tokens, positions and validity of ``[pending | block]``, or of the blocks where nothing is pending."""
+    def query(self, blocks: _Blocks) -> Query:
+        """``[pending | block]``, or the blocks alone where nothing is pending."""
         rows, positions = blocks.rows, blocks.positions
         valid = torch.ones_like(positions, dtype=torch.bool)
         if blocks.any_pending:
             valid = torch.cat([valid & self.has_pending[rows, None], valid], 1)
             positions = torch.cat([(positions - self.block_size).clamp(min=0), positions], 1)
-        return rows, self.token_ids[rows[:, None], positions], positions, valid
+        uniform = self.uniform(Stream.PROPOSAL, blocks)
+        return Query(rows, self.token_ids[rows[:, None], positions], positions, valid, uniform)
 
     def uniform(self, stream: Stream, blocks: _Blocks) -> Tensor:
         """Random numbers ``[A, b]`` of this forward, keyed by sample, position and the row's own count of forwards."""

@@ -12,8 +12,7 @@ from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.evaluation.decoding import judge, repeated_ngrams
-from nemo_opdlm.megatron.step import mean_divergence
-from nemo_opdlm.models.heldout import HELDOUT_DIVERGENCE
+from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.opdlm_model import OPDLMModel
 from nemo_opdlm.models.settings import HELDOUT_SAMPLING, HELDOUT_SEED
 
@@ -53,11 +52,10 @@ def compare(model: OPDLMModel, on_progress: OnProgress | None = None) -> Compari
     states = select_states(
         "one_state_per_block", sampled, model.method.mask_token_id, num_states=1, seed=HELDOUT_SEED, step=0
     )
-    targets = teacher.targets(sampled, HELDOUT_DIVERGENCE)
     greedy = respond(model, GREEDY, on_progress)
     figures = {
         "heldout_kl": model.heldout.divergence(model.model, batch_size),
-        "kl": mean_divergence(model.model, sampled, states, targets, HELDOUT_DIVERGENCE, batch_size),
+        "kl": HeldoutSet.of(teacher, sampled, states).divergence(model.model, batch_size),
         **judge(teacher, greedy).as_dict(),
     }
     return Comparison(figures, greedy)

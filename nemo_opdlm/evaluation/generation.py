@@ -18,7 +18,7 @@ from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.models.archive_format import Archive, ArchiveError
 from nemo_opdlm.models.conversion import open_model
 from nemo_opdlm.models.method import SpecialTokens
@@ -58,7 +58,7 @@ class Generator:
         block_size: tokens of a block the model was trained for.
     """
 
-    network: HiddenStatesGPT
+    network: StagedGPT
     tokenizer: "PreTrainedTokenizerBase"
     tokens: SpecialTokens
     block_size: int

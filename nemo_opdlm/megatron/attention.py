@@ -10,22 +10,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
+from nemo_opdlm.megatron.chunked_attention import MaskOf, attend_in_chunks, gather_sequence
 from nemo_opdlm.megatron.rotary import cos_sin, rotate
+
+#: Mask elements up to which a row is attended at once.
+DENSE_ELEMENTS = 2**22
 
 
 @dataclass
 class AttentionPlan:
-    """What all layers share for one batch: rotation by position and the dense mask (True = may attend)."""
+    """What all layers share for one batch.
+
+    Attributes:
+        cos, sin: rotation by position, of this rank's tokens.
+        may_attend: the dense mask of short rows (True = may attend), None where ``mask_of`` gives it chunk by chunk.
+        mask_of: (first, last + 1 query of this rank) -> mask over the keys of all context-parallel ranks.
+    """
 
     cos: Tensor
     sin: Tensor
     may_attend: Tensor | None
+    mask_of: MaskOf
 
 
 @dataclass(frozen=True)
@@ -84,22 +96,56 @@ class KVCache:
 
 
 class AttentionContext:
-    """State that the layers of one model share: the rule, the rotary table, the plan of the current batch, the cache."""
+    """State that the layers of one model share: the rule, the rotary table, the plan of the current batch, the cache.
 
-    def __init__(self, rule: AttentionRule, inv_freq: Tensor) -> None:
+    Args:
+        rule: who may attend to whom.
+        inv_freq: rotary frequencies.
+        context_group: the model's context-parallel ranks, None for one rank alone. They share rows only within
+            ``split_rows``: otherwise each of them works on rows of its own, as data-parallel ranks do.
+    """
+
+    def __init__(self, rule: AttentionRule, inv_freq: Tensor, context_group: dist.ProcessGroup | None = None) -> None:
         self.rule = rule
         self.inv_freq = inv_freq
+        self.context_group = context_group
         self.cache: KVCache | None = None
+        self._split_group: dist.ProcessGroup | None = None
         self._planned: tuple[Tensor, int, AttentionRule, AttentionPlan] | None = None
 
+    @property
+    def split_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share each row, None where every rank has rows of its own."""
+        return self._split_group
+
     @contextlib.contextmanager
-    def use_cache(self, cache: KVCache, rule: AttentionRule) -> Iterator[None]:
-        """Let the model attend to ``cache`` under ``rule`` while the context lasts; its memory is released afterwards."""
-        previous_rule, self.cache, self.rule, self._planned = self.rule, cache, rule, None
+    def split_rows(self) -> Iterator[None]:
+        """While the context lasts, every context-parallel rank brings its share of the tokens of each row."""
+        group = self.context_group
+        self._split_group = group if group is not None and dist.get_world_size(group) > 1 else None
         try:
             yield
         finally:
-            self.cache, self.rule, self._planned = None, previous_rule, None
+            self._split_group = self._planned = None
+
+    @contextlib.contextmanager
+    def use_rule(self, rule: AttentionRule) -> Iterator[None]:
+        """Let the model attend by ``rule`` while the context lasts."""
+        previous, self.rule, self._planned = self.rule, rule, None
+        try:
+            yield
+        finally:
+            self.rule, self._planned = previous, None
+
+    @contextlib.contextmanager
+    def use_cache(self, cache: KVCache, rule: AttentionRule) -> Iterator[None]:
+        """Let the model attend to ``cache`` under ``rule`` while the context lasts."""
+        self.cache = cache
+        try:
+            with self.use_rule(rule):
+                yield
+        finally:
+            self.cache = None
 
     def plan(self, stacked: Tensor) -> AttentionPlan:
         """The plan of this batch, built by its first layer and reused by the others.
@@ -112,13 +158,22 @@ class AttentionContext:
             same_storage = known.data_ptr() == stacked.data_ptr() and known.shape == stacked.shape
             if same_storage and version == stacked._version and rule is self.rule:
                 return plan
-        attributes = TokenAttributes.unstack(stacked)
-        inv_freq = self.inv_freq.to(stacked.device)
-        cos, sin = cos_sin(inv_freq, attributes.position_ids.transpose(0, 1))
-        mask = None if self.cache is not None else dense(self.rule, attributes, attributes)
-        plan = AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), mask)
+        plan = self._make_plan(stacked)
         self._planned = (stacked, stacked._version, self.rule, plan)
         return plan
+
+    def _make_plan(self, stacked: Tensor) -> AttentionPlan:
+        rule, query = self.rule, TokenAttributes.unstack(stacked)
+        key = TokenAttributes.unstack(gather_sequence(stacked, self._split_group))
+        cos, sin = cos_sin(self.inv_freq.to(stacked.device), query.position_ids.transpose(0, 1))
+
+        def mask_of(start: int, stop: int) -> Tensor:
+            return dense(rule, query.map(lambda x: x[:, start:stop]), key)
+
+        num_queries, num_keys = query.position_ids.shape[1], key.position_ids.numel()
+        is_short = self._split_group is None and num_queries * num_keys <= DENSE_ELEMENTS
+        mask = mask_of(0, num_queries) if is_short and self.cache is None else None
+        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), mask, mask_of)
 
 
 class BlockDiffusionAttention(torch.nn.Module):
@@ -164,14 +219,20 @@ class BlockDiffusionAttention(torch.nn.Module):
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
         if self.context.cache is not None:
             return self._forward_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), self.context.cache)
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-        out = self._attend(*heads_first, plan.may_attend)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if plan.may_attend is not None:
+            out = self._attend(query, key, value, plan.may_attend)
+        else:
+            group = self.context.split_group
+            out = attend_in_chunks(query, key, value, plan.mask_of, self.softmax_scale, group)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _forward_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
-        """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``."""
+        """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``; filler gets 0."""
         step = cache.query
         assert step is not None
+        num_tokens, num_filler = step.token_row.numel(), query.shape[0] - step.token_row.numel()
+        query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
         cached_key, cached_value = cache.update(self.layer_number, key, value)
         num_rows, _, width, _ = step.may_attend.shape
         if step.is_full:
@@ -181,7 +242,7 @@ class BlockDiffusionAttention(torch.nn.Module):
             padded[step.token_row, step.token_column] = query
         out = self._attend(padded.transpose(1, 2), cached_key, cached_value, step.may_attend).transpose(1, 2)
         out = out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
-        return out.flatten(1).unsqueeze(1)
+        return F.pad(out.flatten(1), (0, 0, 0, num_filler)).unsqueeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None) -> Tensor:
         is_grouped = query.shape[1] != key.shape[1]

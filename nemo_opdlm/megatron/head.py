@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
-from nemo_opdlm.megatron.student import HiddenStatesGPT, autocast
-from nemo_opdlm.vocab import LocalVocab, VocabReducer
+from nemo_opdlm.megatron.student import StagedGPT, autocast
+from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
+from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax
 
 #: Logits alive at a time: few enough on a CPU that they stay near its caches, 512 rows of Qwen3's vocabulary on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 512 * 151_936}
@@ -24,9 +25,14 @@ class LMHead:
         model: the network whose head is read in place.
     """
 
-    def __init__(self, model: HiddenStatesGPT) -> None:
+    def __init__(self, model: StagedGPT) -> None:
         self.model = model
+        tp_size = model.parallel.tp_size
+        #: Logits are this rank's columns of the vocabulary; only the reducer knows of the others.
         self.vocab: VocabReducer = LocalVocab()
+        if tp_size > 1:
+            width = model.arch.padded_vocab_size(tp_size) // tp_size
+            self.vocab = TensorParallelVocab(model.parallel.groups.tp, width)
 
     @property
     def chunk_rows(self) -> int:
@@ -36,7 +42,7 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.model.pg_collection.tp)
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.model.parallel.groups.tp)
         # Targets and evaluations also ask outside of a forward pass and its autocast.
         with autocast(self.model.options.autocast_dtype, hidden.device):
             logits = F.linear(hidden, self.model.head_weight()).float()
@@ -55,10 +61,10 @@ class TokenLosses:
     agrees: Tensor
 
 
-def _best_token(target: Target) -> Tensor:
+def _best_token(target: Target, vocab: VocabReducer) -> Tensor:
     """The target's most likely token of each row, ``[T]``."""
     if isinstance(target, FullTarget):
-        return target.logits.argmax(-1)
+        return argmax(target.logits, vocab)
     return target.token_ids[:, 0] if isinstance(target, TopKTarget) else target.token_ids
 
 
@@ -80,7 +86,7 @@ def token_losses(
         target = target_of(start, start + rows.shape[0])
         logits = head.logits(rows)
         divergence = token_divergence(logits, target, spec, head.vocab)
-        return divergence, _best_token(target) == logits.detach().argmax(-1)
+        return divergence, _best_token(target, head.vocab) == argmax(logits.detach(), head.vocab)
 
     parts = []
     for start in range(0, hidden.shape[0], head.chunk_rows):

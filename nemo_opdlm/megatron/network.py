@@ -1,12 +1,13 @@
-"""The student as the trainer holds it: the network, its head, its data-parallel wrapper and its place in the layout."""
+"""The student as the trainer holds it: the network, its head, its data-parallel wrappers and its place in the layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
 
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import StagedGPT
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,20 @@ class Network:
 
     Attributes:
         model: the network itself; rollouts read it in place.
-        ddp: the same network inside Megatron's DistributedDataParallel, which owns its gradient buffers.
-        head: its LM head.
-        parallel: this process's place in the layout.
+        ddp: its chunks inside Megatron's DistributedDataParallel, which owns their gradient buffers.
+        head: its LM head, on the last pipeline stage.
     """
 
-    model: HiddenStatesGPT
-    ddp: DistributedDataParallel
+    model: StagedGPT
+    ddp: Sequence[DistributedDataParallel]
     head: LMHead
-    parallel: ParallelContext
+
+    @property
+    def parallel(self) -> ParallelContext:
+        """This process's place in the layout."""
+        return self.model.parallel
+
+    def zero_grad_buffer(self) -> None:
+        """Clear the gradient buffers of all chunks."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()

@@ -10,8 +10,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opdlm.megatron.cpu import wants_cpu
-from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.head import LMHead
+from nemo_opdlm.megatron.network import Network
+from nemo_opdlm.megatron.student import StagedGPT
 
 #: NeMo's scheduler names -> Megatron's decay styles.
 DECAY_STYLES = {
@@ -40,8 +41,8 @@ class OptimizerSettings:
     decay_steps: int
 
 
-def wrap(model: HiddenStatesGPT, parallel: ParallelContext, settings: OptimizerSettings) -> DistributedDataParallel:
-    """Put the student into Megatron's DDP (fp32 gradient buffers, summed over data-parallel ranks)."""
+def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
+    """Put the student into Megatron's DDP (fp32 gradient buffers, summed over data- and context-parallel ranks)."""
     distributed = settings.distributed and not wants_cpu()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -49,23 +50,29 @@ def wrap(model: HiddenStatesGPT, parallel: ParallelContext, settings: OptimizerS
         use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,
     )
-    ddp = DistributedDataParallel(model.config, config, model, pg_collection=parallel.groups)
+    groups = model.parallel.groups
+    ddp = [
+        # As in Megatron's own training: only the first chunk's gradients are reduced in buckets.
+        DistributedDataParallel(model.config, config, chunk, disable_bucketing=number > 0, pg_collection=groups)
+        for number, chunk in enumerate(model)
+    ]
     model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = ddp.no_sync
-    return ddp
+    no_sync = [chunk.no_sync for chunk in ddp]
+    model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return Network(model, ddp, LMHead(model))
 
 
 class StudentOptimizer:
     """One update at a time: ``zero_grad``, (forward-backward), ``step``.
 
     Args:
-        ddp: the wrapped student.
+        network: the wrapped student.
         settings: AdamW and schedule.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, settings: OptimizerSettings) -> None:
-        params_dtype = ddp.module.options.params_dtype
-        self.ddp = ddp
+    def __init__(self, network: Network, settings: OptimizerSettings) -> None:
+        params_dtype = network.model.options.params_dtype
+        self.network = network
         self.settings = settings
         config = OptimizerConfig(
             optimizer="adam",
@@ -81,8 +88,8 @@ class StudentOptimizer:
             params_dtype=params_dtype,
             use_distributed_optimizer=settings.distributed and not wants_cpu(),
         )
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(config, [ddp])
-        ddp.module.config.grad_scale_func = self.megatron.scale_loss
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(config, list(network.ddp))
+        network.model.config.grad_scale_func = self.megatron.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -109,7 +116,7 @@ class StudentOptimizer:
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers of DDP and the optimizer."""
-        self.ddp.zero_grad_buffer()
+        self.network.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def step(self) -> float:

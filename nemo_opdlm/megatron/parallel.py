@@ -1,5 +1,6 @@
 """The parallel groups of one process: created here, passed explicitly to whoever needs them."""
 
+import functools
 import os
 import tempfile
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from nemo_opdlm.megatron.cpu import run_megatron_on_cpu, wants_cpu
+
+_num_layouts = 0
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class ParallelContext:
     Attributes:
         groups: Megatron's process groups (tp, pp, cp, dp, embd ...).
         tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size, cp_rank, cp_size: coordinates on each axis.
+        virtual_size: model chunks of each pipeline stage, above 1 under the interleaved schedule.
+        wrap: the pipeline's ranks once more, for messages from its last rank to its first under that schedule.
         device: where this process keeps its tensors.
     """
 
@@ -32,6 +38,8 @@ class ParallelContext:
     dp_size: int
     cp_rank: int
     cp_size: int
+    virtual_size: int
+    wrap: dist.ProcessGroup
     device: torch.device
 
     @property
@@ -43,6 +51,39 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         """Whether this process owns the LM head."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def data_rank(self) -> int:
+        """Place among the ranks that hold the same weights: data-parallel and context-parallel ones."""
+        return dist.get_rank(self.groups.dp_cp)
+
+    @property
+    def data_size(self) -> int:
+        """How many ranks hold the same weights and may answer different prompts."""
+        return dist.get_world_size(self.groups.dp_cp)
+
+    def stage_rank(self, pp_rank: int) -> int:
+        """Global rank of a pipeline stage with this process's other coordinates."""
+        return dist.get_global_rank(self.groups.pp, pp_rank % self.pp_size)
+
+    def edge(self, into: int) -> dist.ProcessGroup:
+        """The group that carries rollout messages into a pipeline stage.
+
+        Between two ranks NCCL keeps one order for both directions, so with two stages the way back has a group of its own.
+        """
+        return self.wrap if into % self.pp_size == 0 else self.groups.pp
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum over data- and context-parallel ranks, on each of them."""
+        if self.data_size > 1:
+            dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """What the last pipeline stage holds, on every stage; the others pass a tensor of its shape and type."""
+        if self.pp_size > 1:
+            dist.broadcast(values, self.stage_rank(self.pp_size - 1), group=self.groups.pp)
+        return values
 
 
 def _init_process_group(timeout_minutes: float) -> None:
@@ -66,6 +107,12 @@ def initialize(
     timeout_minutes: float = 30,
 ) -> ParallelContext:
     """Join the process group and build Megatron's groups; a second call with the same layout returns the same groups.
+
+    Args:
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size,
+        context_parallel_size: the layout; what is left of the world is data-parallel.
+        seed: of Megatron's random states.
+        timeout_minutes: after which a collective operation whose peers do not come fails.
 
     Raises:
         ValueError: the world size is no multiple of TP x PP x CP, or Megatron already runs with another layout.
@@ -94,18 +141,42 @@ def initialize(
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    context = _context()
-    if (context.tp_size, context.pp_size, context.cp_size) != wanted:
+    context = _context(_num_layouts)
+    found = (context.tp_size, context.pp_size, context.cp_size, context.virtual_size)
+    if found != (*wanted, virtual_pipeline_model_parallel_size or 1):
         raise ValueError(
-            f"Megatron already runs with (TP, PP, CP) = {(context.tp_size, context.pp_size, context.cp_size)}; "
-            f"{wanted} needs a new process."
+            f"Megatron already runs with (TP, PP, CP, VPP) = {found}; "
+            f"{(*wanted, virtual_pipeline_model_parallel_size or 1)} needs a new process."
         )
     return context
 
 
-def _context() -> ParallelContext:
+def destroy() -> None:
+    """Forget the layout, so that the same processes can take another one; every rank calls this."""
+    global _num_layouts
+    _num_layouts += 1
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def _wrap_group(pipeline: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of this pipeline's ranks under the interleaved schedule; every rank makes those of all pipelines."""
+    if (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) == 1:
+        return pipeline
+    mine = dist.get_process_group_ranks(pipeline)
+    everywhere: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    groups = {tuple(ranks): dist.new_group(ranks) for ranks in map(list, sorted({tuple(ranks) for ranks in everywhere}))}
+    return groups[tuple(mine)]
+
+
+@functools.cache
+def _context(layout: int) -> ParallelContext:
+    """The place of this process; ``layout`` counts the layouts that it has had."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelContext(
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
+        wrap=_wrap_group(groups.pp),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -114,5 +185,6 @@ def _context() -> ParallelContext:
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        virtual_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         device=torch.device("cpu") if wants_cpu() else torch.device("cuda", torch.cuda.current_device()),
     )

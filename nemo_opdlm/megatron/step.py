@@ -5,19 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.layout import two_stream_rows
+from nemo_opdlm.diffusion.layout import share_of_columns, two_stream_rows
 from nemo_opdlm.diffusion.state_selection import DenoisingState
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec, Target
 from nemo_opdlm.distillation.loss import Normalization, token_weights
 from nemo_opdlm.distillation.targets import TargetIndex
-from nemo_opdlm.megatron.forward import LossFunction, MicroBatch, forward_only
+from nemo_opdlm.megatron.forward import LossFunction, MicroBatch, RowSplit, forward_only
 from nemo_opdlm.megatron.head import LMHead, token_losses
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.parallel import ParallelContext
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import TeacherTargets
 
 #: Upper edges of the mask-ratio buckets that the divergence is reported by.
 MASK_RATIOS = (0.25, 0.5, 0.75, 1.0)
+#: What a micro-batch reports, sums over its supervised tokens.
+SUMS = ("loss_sum", "count", "divergence_sum", "agreements", "num_tokens") + tuple(
+    f"{name}_{upper}" for upper in MASK_RATIOS for name in ("divergence_sum", "num_tokens")
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,17 @@ def micro_batches(
     rows: Tensor,
     normalization: Normalization,
     micro_batch_size: int,
+    split: RowSplit = RowSplit(),  # noqa: B008 (frozen)
 ) -> list[MicroBatch]:
     """Cut ``rows`` of a rollout batch into micro-batches of rows of similar length, so that little is padded.
 
-    Neither the cut nor the order changes the loss: it is a sum over tokens divided by one global count.
+    Neither the cut, the order nor the split changes the loss: it is a sum over tokens divided by one global count.
     """
     lengths = trajectory.prompt_len[rows] + trajectory.response_len[rows]
     by_length = rows[lengths.argsort(stable=True)]
     index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
     return [
-        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization)
+        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization, split)
         for part in by_length.split(micro_batch_size)
     ]
 
@@ -74,8 +80,12 @@ def _micro_batch(
     index: TargetIndex,
     rollouts: Tensor,
     normalization: Normalization,
+    split: RowSplit,
 ) -> MicroBatch:
-    two_stream = two_stream_rows(trajectory, states)
+    two_stream = two_stream_rows(trajectory, states, split.multiple_of)
+    if split.num_ranks > 1:
+        mine = share_of_columns(two_stream.token_ids.shape[1], split.rank, split.num_ranks)
+        two_stream = two_stream.columns(mine.to(rollouts.device))
     weights, count = token_weights(states.loss_mask, states.num_states, normalization)
     row, column, copy, position = two_stream.supervised_index
     supervision = Supervision(
@@ -84,7 +94,8 @@ def _micro_batch(
         target=index.rows(rollouts[row], position),
         weight=weights[row, copy, position],
         mask_ratio=_mask_ratio(states.loss_mask, trajectory.block_size)[row, copy, position],
-        count=count,
+        # Of the ranks that share the rows, one counts them.
+        count=count * (split.rank == 0),
         targets=targets,
     )
     return MicroBatch(two_stream.token_ids, two_stream.attributes, supervision)
@@ -122,18 +133,26 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
     return loss
 
 
+def total(parts: list[dict[str, Tensor]], parallel: ParallelContext) -> dict[str, float]:
+    """Add up what micro-batches report, over all data ranks, on every rank; ``parts`` is read on the last stage."""
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=parallel.device)
+    for part in parts:
+        sums += torch.stack([part[name].to(sums) for name in SUMS])
+    return dict(zip(SUMS, parallel.from_last_stage(parallel.sum_over_data(sums)).tolist(), strict=True))
+
+
 @torch.no_grad()
-def mean_divergence(
-    student: HiddenStatesGPT,
+def divergence_sums(
+    student: StagedGPT,
     trajectory: Trajectory,
     states: DenoisingState,
     targets: TeacherTargets,
+    rows: Tensor,
     spec: DivergenceSpec,
     micro_batch_size: int,
-) -> float:
-    """Token mean of the divergence on these states, without gradients."""
-    rows = torch.arange(len(trajectory), device=trajectory.token_ids.device)
-    batches = micro_batches(trajectory, states, targets, rows, Normalization.token, micro_batch_size)
+) -> list[dict[str, Tensor]]:
+    """What `total` adds up, for the states of some rollouts and without gradients."""
+    split = RowSplit.whole(student)
+    batches = micro_batches(trajectory, states, targets, rows, Normalization.token, micro_batch_size, split)
     loss = distillation_loss(LMHead(student), spec)
-    parts = forward_only(student, batches, lambda hidden, batch: loss(hidden, batch)[2])
-    return float(sum(part["divergence_sum"] for part in parts) / sum(part["num_tokens"] for part in parts))
+    return forward_only(student, batches, lambda hidden, batch: loss(hidden, batch)[2])

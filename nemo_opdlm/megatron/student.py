@@ -6,6 +6,7 @@ the final hidden states: the LM head runs only on the rows that need it (``head.
 
 import contextlib
 import copy
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -56,21 +63,11 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 class HiddenStatesGPT(GPTModel):
-    """GPTModel whose last stage returns the normed hidden states ``[B, S, hidden]`` instead of logits.
-
-    Attributes:
-        arch: the architecture it was built from.
-        attention: state shared by its attention layers (rule, plan, cache).
-        options: how it is held.
-    """
-
-    arch: Architecture
-    attention: AttentionContext
-    options: ModelOptions
+    """GPTModel whose last stage returns the normed hidden states ``[B, S, hidden]`` instead of logits."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process:
-            return hidden_states
+            return hidden_states.to(self.config.pipeline_dtype)
         if self.config.sequence_parallel:
             # The head adds up its shards' gradients itself (copy_to_tensor_model_parallel_region): here they only split.
             hidden_states = gather_from_sequence_parallel_region(
@@ -95,6 +92,7 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 def transformer_config(arch: Architecture, parallel: ParallelContext, options: ModelOptions) -> TransformerConfig:
     """Megatron's view of ``arch`` in this layout; dropout is 0, as the method has none."""
+    is_interleaved = parallel.virtual_size > 1
     fields: dict[str, Any] = dict(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -118,6 +116,15 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
         sequence_parallel=options.sequence_parallel,
         params_dtype=options.params_dtype,
         pipeline_dtype=options.autocast_dtype or options.params_dtype,
+        virtual_pipeline_model_parallel_size=parallel.virtual_size if is_interleaved else None,
+        # Micro-batches have the length of their longest row; the stages tell each other their shapes.
+        variable_seq_lengths=parallel.pp_size > 1 and not is_interleaved,
+        # Interleaved messages in one batch would be mixed up between two stages, as each is before and behind the other.
+        # They go one by one instead, and with fixed shapes (`forward.py`), as shapes always travel in a batch.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        # Megatron refuses its default beside variable lengths, in dense models too.
+        moe_token_dispatcher_type="alltoall",
         bf16=options.params_dtype == torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=options.initialize,
@@ -140,12 +147,55 @@ def _layer_spec(arch: Architecture, context: AttentionContext) -> ModuleSpec:
     return spec
 
 
+class StagedGPT(torch.nn.ModuleList):
+    """This rank's part of one network: one ``HiddenStatesGPT`` per virtual pipeline stage, a single one as a rule.
+
+    Attributes:
+        arch: the architecture it was built from.
+        attention: state shared by the attention layers of all its chunks.
+        options: how it is held.
+        parallel: this process's place in the layout.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStatesGPT],
+        arch: Architecture,
+        attention: AttentionContext,
+        options: ModelOptions,
+        parallel: ParallelContext,
+    ) -> None:
+        super().__init__(chunks)
+        self.arch, self.attention, self.options, self.parallel = arch, attention, options, parallel
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron's config, one for all chunks."""
+        return self[0].config  # type: ignore[no-any-return]
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the LM head ``[V_local, hidden]``; on the last pipeline stage only."""
+        return self[-1].head_weight()  # type: ignore[no-any-return]
+
+    def sharded_weights(self, prefix: str) -> dict[str, Any]:
+        """Megatron's sharded view of the weights, chunk by chunk; tensor names in a checkpoint start with ``prefix``."""
+        return {f"chunk{number}": chunk.sharded_state_dict(prefix=prefix) for number, chunk in enumerate(self)}
+
+    def load_weights(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Take over weights that were loaded into ``sharded_weights(prefix)``."""
+        for number, chunk in enumerate(self):
+            weights = {name.removeprefix(prefix): value for name, value in state[f"chunk{number}"].items()}
+            # Layers have an empty entry for FP8 scales, which checkpoints need not have.
+            missing, _ = chunk.load_state_dict(weights, strict=False)
+            assert all(name.endswith("_extra_state") for name in missing), missing
+
+
 def build_model(
     arch: Architecture,
     parallel: ParallelContext,
     rule: AttentionRule,
     options: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
-) -> HiddenStatesGPT:
+) -> StagedGPT:
     """Build this rank's part of the network on its device.
 
     Args:
@@ -156,21 +206,46 @@ def build_model(
     """
     config = transformer_config(arch, parallel, options)
     assert arch.kv_channels is not None
-    context = AttentionContext(rule, inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling))
+    context = AttentionContext(
+        rule, inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling), parallel.groups.cp
+    )
+    chunks = [_build_chunk(arch, parallel, context, config, stage) for stage in range(parallel.virtual_size)]
+    return StagedGPT(chunks, arch, context, options, parallel).to(parallel.device)
+
+
+def _build_chunk(
+    arch: Architecture, parallel: ParallelContext, context: AttentionContext, config: TransformerConfig, stage: int
+) -> HiddenStatesGPT:
+    """Chunk number ``stage`` of this rank; the first and the last one of the pipeline hold embedding and head."""
+    vp_stage = stage if parallel.virtual_size > 1 else None
     layers = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(arch, context)] * get_num_layers_to_build(config),
+        layer_specs=[_layer_spec(arch, context)] * get_num_layers_to_build(config, vp_stage, parallel.pp_rank),
         layer_norm=SequenceParallelRMSNorm,
     )
-    model = HiddenStatesGPT(
+    chunk = HiddenStatesGPT(
         config=config,
         transformer_layer_spec=layers,  # type: ignore[arg-type]
         vocab_size=arch.padded_vocab_size(parallel.tp_size),
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
+        pre_process=parallel.is_first_stage and stage == 0,
+        post_process=parallel.is_last_stage and stage == parallel.virtual_size - 1,
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         position_embedding_type="none",
         pg_collection=parallel.groups,
+        vp_stage=vp_stage,
     )
-    model.arch, model.attention, model.options = arch, context, options
-    return model.to(parallel.device)
+    _mark_shards(chunk)
+    return chunk
+
+
+def _mark_shards(chunk: HiddenStatesGPT) -> None:
+    """Say which weights are shards of a larger one: Megatron does it only while it fills them with random values.
+
+    Of a weight without the mark, the gradient norm would count the first tensor-parallel rank's part only.
+    """
+    dims = ((VocabParallelEmbedding, 0), (ColumnParallelLinear, 0), (RowParallelLinear, 1))
+    for module in chunk.modules():
+        dim = next((dim for kind, dim in dims if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

@@ -20,10 +20,11 @@ from nemo_opdlm.distillation.divergence import (
     top_k_target,
 )
 from nemo_opdlm.distillation.targets import TargetIndex
-from nemo_opdlm.megatron.forward import MicroBatch, forward_only
+from nemo_opdlm.megatron.exchange import gather_responses
+from nemo_opdlm.megatron.forward import MicroBatch, RowSplit, forward_only
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions, build_model
+from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 
 
 class TeacherTargets(Protocol):
@@ -45,6 +46,14 @@ class HiddenTargets:
         """Teacher logits of these tokens."""
         with torch.no_grad():
             return FullTarget(self.head.logits(self.hidden[tokens]))
+
+
+class NoTargets:
+    """Off the last pipeline stage, where no divergence is computed."""
+
+    def at(self, tokens: Tensor) -> Target:
+        """There are none."""
+        raise AssertionError("only the last pipeline stage has targets")
 
 
 @dataclass(frozen=True)
@@ -73,22 +82,33 @@ class Teacher:
     ) -> None:
         # Frozen weights need no fp32 master copy: what autocast would cast for every pass is held in that dtype.
         held = replace(options, params_dtype=options.autocast_dtype or options.params_dtype, autocast_dtype=None)
-        self.network: HiddenStatesGPT = build_model(arch, parallel, AttentionRule.CAUSAL, held)
+        self.network: StagedGPT = build_model(arch, parallel, AttentionRule.CAUSAL, held)
         self.network.eval().requires_grad_(False)
         self.head = LMHead(self.network)
         self.micro_batch_size = micro_batch_size
 
     @torch.no_grad()
     def targets(self, trajectory: Trajectory, spec: DivergenceSpec) -> TeacherTargets:
-        """One causal pass over ``[prompt | response]``; the row of position i-1 is the target of position i."""
+        """One causal pass over ``[prompt | response]``; the row of position i-1 is the target of position i.
+
+        Context-parallel ranks, which hold parts of the same rollouts, share out the pass and exchange its result.
+        """
         if spec.kind is DivergenceKind.nll:
             return self.own_tokens(trajectory)
-        hidden = self.response_hidden(trajectory)
+        parallel = self.network.parallel
+        hidden = self.response_hidden(trajectory, slice(parallel.cp_rank, None, parallel.cp_size))
+        if not parallel.is_last_stage:
+            return NoTargets()
+
+        def everywhere(mine: Tensor) -> Tensor:
+            return gather_responses(mine, trajectory.response_len, parallel.groups.cp)
+
         if spec.top_k == 0:
-            return HiddenTargets(self.head, hidden)
+            return HiddenTargets(self.head, everywhere(hidden))
         chunks = hidden.split(self.head.chunk_rows)
+        target = TopKTarget.cat([top_k_target(self.head.logits(rows), spec.top_k, self.head.vocab) for rows in chunks])
         return StoredTargets(
-            TopKTarget.cat([top_k_target(self.head.logits(rows), spec.top_k, self.head.vocab) for rows in chunks])
+            TopKTarget(everywhere(target.token_ids), everywhere(target.log_probs), everywhere(target.tail_log_prob))
         )
 
     @staticmethod
@@ -97,10 +117,18 @@ class Teacher:
         return StoredTargets(TokenTarget(trajectory.token_ids[trajectory.is_response]))
 
     @torch.no_grad()
-    def response_hidden(self, trajectory: Trajectory) -> Tensor:
-        """Hidden states that predict each real response token ``[sum R, hidden]``, rollout after rollout."""
+    def response_hidden(self, trajectory: Trajectory, rollouts: slice = slice(None)) -> Tensor:  # noqa: B008
+        """Hidden states that predict each real response token ``[sum R, hidden]`` of some rollouts, one after the other.
+
+        On the last pipeline stage; the others get no rows.
+        """
+        mine = torch.arange(len(trajectory), device=trajectory.token_ids.device)[rollouts]
+        multiple_of = RowSplit.whole(self.network).multiple_of
         batches = []
-        for rows in torch.arange(len(trajectory), device=trajectory.token_ids.device).split(self.micro_batch_size):
+        for rows in mine.split(self.micro_batch_size) if mine.numel() else ():
             part = trajectory.index(rows)
-            batches.append(MicroBatch(*clean_rows(part), payload=TargetIndex(part.prompt_len, part.response_len)))
-        return torch.cat(forward_only(self.network, batches, lambda hidden, batch: batch.payload.gather(hidden)))
+            index = TargetIndex(part.prompt_len, part.response_len)
+            batches.append(MicroBatch(*clean_rows(part, multiple_of), payload=index))
+        parts = forward_only(self.network, batches, lambda hidden, batch: batch.payload.gather(hidden))
+        nothing = torch.empty(0, self.network.config.hidden_size, device=self.network.parallel.device)
+        return torch.cat(parts) if parts else nothing.to(self.network.config.pipeline_dtype)

@@ -15,7 +15,7 @@ from nemo_opdlm.convert.sdar import check_is_sdar, megatron_to_sdar
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.checkpoint import load_sharded, write_sharded
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
-from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions, build_model
+from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 from nemo_opdlm.models.archive_format import (
     Archive,
     ArchiveError,
@@ -78,31 +78,31 @@ def convert_hf_to_nemo(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _network(imported: HfImport, parallel: ParallelContext) -> HiddenStatesGPT:
+def _network(imported: HfImport, parallel: ParallelContext) -> StagedGPT:
     dtype = getattr(torch, imported.origin.dtype)
     model = build_model(
         imported.architecture, parallel, AttentionRule.CAUSAL, ModelOptions(params_dtype=dtype, initialize=False)
     )
     # Layers carry an empty entry for FP8 scales, which a Hugging Face model has not.
-    missing, unexpected = model.load_state_dict(imported.state_dict, strict=False)
+    missing, unexpected = model[0].load_state_dict(imported.state_dict, strict=False)
     left_out = [name for name in missing if not name.endswith("_extra_state")]
     assert not left_out and not unexpected, (left_out, unexpected)
     return model
 
 
-def write_weights(model: HiddenStatesGPT, folder: Path) -> None:
+def write_weights(model: StagedGPT, folder: Path) -> None:
     """Write a network's weights as the distributed checkpoint of an archive; every rank calls this."""
-    write_sharded(folder, model.sharded_state_dict(prefix=PREFIX))
+    write_sharded(folder, model.sharded_weights(PREFIX))
 
 
-def read_weights(model: HiddenStatesGPT, archive: Archive) -> None:
+def read_weights(model: StagedGPT, archive: Archive) -> None:
     """Fill a network of any layout with the weights of an archive; every rank calls this.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    state = load_sharded(archive.weights, model.sharded_state_dict(prefix=PREFIX), vocab_size=model.arch.vocab_size)
-    model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()}, strict=False)
+    state = load_sharded(archive.weights, model.sharded_weights(PREFIX), vocab_size=model.arch.vocab_size)
+    model.load_weights(state, PREFIX)
 
 
 def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> Architecture:
@@ -120,7 +120,7 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
 
 
 @contextmanager
-def open_model(path: str | Path) -> Iterator[tuple[HiddenStatesGPT, Archive]]:
+def open_model(path: str | Path) -> Iterator[tuple[StagedGPT, Archive]]:
     """A network with the weights of an archive in their stored precision, and the open archive."""
     with open_nemo(path) as archive:
         check_class(archive)
@@ -146,7 +146,7 @@ def convert_nemo_to_hf(source: str | Path, output: str | Path, output_format: st
     check_output_is_free(Path(output))
     with open_model(source) as (model, archive):
         origin = HfOrigin(**archive.config["origin"])
-        state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+        state = {name: value for name, value in model[0].state_dict().items() if not name.endswith("_extra_state")}
         dtype = PRECISIONS[precision] if precision else None
         files = tokenizer_files(archive)
         if output_format == "sdar":

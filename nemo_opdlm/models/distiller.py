@@ -15,11 +15,11 @@ from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.loss import Normalization
-from nemo_opdlm.megatron.forward import forward_backward
+from nemo_opdlm.megatron.exchange import respond_together
+from nemo_opdlm.megatron.forward import RowSplit, forward_backward
 from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer
-from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches
+from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches, total
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 from nemo_opdlm.models.method import Method
 
@@ -27,13 +27,28 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one data-parallel rank trains on: its rollouts in the order of the updates, their states and targets."""
+
+    trajectory: Trajectory
+    states: DenoisingState
+    targets: TeacherTargets
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
-    """What one rollout step produced; its updates are taken in order, ``global_batch_size`` rollouts each."""
+    """What one rollout step produced; its updates are taken in order, ``global_batch_size`` rollouts each.
+
+    Attributes:
+        rollout_step: which one.
+        trajectory, states: all of it, on every rank: what a checkpoint of any layout holds.
+        share: this rank's part.
+    """
 
     rollout_step: int
     trajectory: Trajectory
     states: DenoisingState
-    targets: TeacherTargets
+    share: Share
 
 
 class OnPolicyDistiller:
@@ -95,7 +110,8 @@ class OnPolicyDistiller:
             # 2. One half-masked state of each block it really visited.
             states = self.select_states(rollout_step + 1, trajectory)
             # 3. The teacher, once per rollout batch: the targets of all its states and updates.
-            self.batch = RolloutBatch(rollout_step + 1, trajectory, states, self.ask_teacher(trajectory, metrics))
+            share = self.share_out(trajectory, states, metrics)
+            self.batch = RolloutBatch(rollout_step + 1, trajectory, states, share)
         # 4. The loss: a sum over masked tokens, divided by one global count.
         self.accumulate_gradients(self.batch, index, metrics)
         # 5. The update.
@@ -118,16 +134,18 @@ class OnPolicyDistiller:
         domains = [self.prompts.domains[i] for i in indices]
         limits = self.method.response_limits(rollout_step, prompt_len, domains)
         arguments = (prompt_ids, prompt_len, limits, samples.sample_ids)
-        device = self.student.parallel.device
-        on_device = [tensor.to(device) for tensor in arguments]
+        parallel = self.student.parallel
+        on_device = [tensor.to(parallel.device) for tensor in arguments]
         settings = self.method.rollout_settings(rollout_step)
-        if self.config.opdlm.responses == "student":
-            return self._engine(self.student.model).generate(*on_device, settings)
-        assert self.teacher is not None
-        return self._engine(self.teacher.network).generate_autoregressive(*on_device, settings)
+        generate = self._generator()
+        return respond_together(lambda rows: generate(*(x[rows] for x in on_device), settings), limits, parallel)
 
-    def _engine(self, network: torch.nn.Module) -> RolloutEngine:
-        return self.method.engine(network, self.config.opdlm.rollout.max_batch_size)  # type: ignore[arg-type]
+    def _generator(self) -> Callable[..., Trajectory]:
+        max_batch_size = self.config.opdlm.rollout.max_batch_size
+        if self.config.opdlm.responses == "student":
+            return self.method.engine(self.student.model, max_batch_size).generate
+        assert self.teacher is not None
+        return self.method.engine(self.teacher.network, max_batch_size).generate_autoregressive
 
     def select_states(self, rollout_step: int, trajectory: Trajectory) -> DenoisingState:
         """The half-masked states that this rollout batch trains on."""
@@ -142,32 +160,34 @@ class OnPolicyDistiller:
             exclude_end_token=opdlm.exclude_end_token,
         )
 
-    def ask_teacher(self, trajectory: Trajectory, metrics: Metrics) -> TeacherTargets:
-        """Targets of every response token, from one causal pass."""
+    def share_out(self, trajectory: Trajectory, states: DenoisingState, metrics: Metrics) -> Share:
+        """This data-parallel rank's rollouts, and the targets of all their response tokens from one causal pass."""
+        parallel = self.student.parallel
+        rows = rows_of_rank(trajectory, self.config.global_batch_size, parallel.dp_rank, parallel.dp_size)
+        trajectory, states = trajectory.index(rows), states.index(rows)
         with _timed("teacher", metrics):
-            if self.teacher is None:
-                return Teacher.own_tokens(trajectory)
-            return self.teacher.targets(trajectory, self.method.divergence)
+            return Share(trajectory, states, self._targets(trajectory))
 
-    def rows_of_update(self, batch: RolloutBatch, index: int) -> Tensor:
-        """The rollouts that the batch's update number ``index`` trains on, ``[global_batch_size]``."""
-        size = self.config.global_batch_size
-        return torch.arange(index * size, (index + 1) * size, device=batch.trajectory.token_ids.device)
+    def _targets(self, trajectory: Trajectory) -> TeacherTargets:
+        if self.teacher is None:
+            return Teacher.own_tokens(trajectory)
+        return self.teacher.targets(trajectory, self.method.divergence)
 
     def accumulate_gradients(self, batch: RolloutBatch, index: int, metrics: Metrics) -> None:
         """Forward and backward passes of the batch's update number ``index``."""
         with _timed("student", metrics):
+            size = self.config.global_batch_size // self.student.parallel.dp_size
             parts = micro_batches(
-                batch.trajectory,
-                batch.states,
-                batch.targets,
-                self.rows_of_update(batch, index),
+                batch.share.trajectory,
+                batch.share.states,
+                batch.share.targets,
+                torch.arange(index * size, (index + 1) * size, device=self.student.parallel.device),
                 Normalization(self.config.opdlm.normalization),
                 self.config.micro_batch_size,
+                RowSplit.over_context(self.student.model),
             )
             self.optimizer.zero_grad()
-            sums = forward_backward(self.student.ddp, parts, self.loss)
-        totals = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+            totals = total(forward_backward(self.student, parts, self.loss), self.student.parallel)
         self.num_trained_tokens += int(totals["num_tokens"])
         metrics.update(_train_metrics(totals))
 
@@ -187,7 +207,8 @@ class OnPolicyDistiller:
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
         metrics["train/skipped"] = float(self.num_skipped)
         if self.num_skipped_in_a_row >= self.config.opdlm.max_consecutive_skips:
-            samples = batch.trajectory.sample_ids[self.rows_of_update(batch, index)].tolist()
+            size = self.config.global_batch_size
+            samples = batch.trajectory.sample_ids[index * size : (index + 1) * size].tolist()
             raise RuntimeError(
                 f"{self.num_skipped_in_a_row} updates in a row were skipped, the last one with train/grad_norm={grad_norm} "
                 f"and train/loss={metrics['train/loss']} on samples {samples} of rollout step {batch.rollout_step}"
@@ -240,12 +261,18 @@ class OnPolicyDistiller:
         device = self.student.parallel.device
         trajectory = Trajectory.from_state_dict(state["trajectory"]).to(device)  # type: ignore[arg-type]
         states = DenoisingState(**state["states"]).to(device)  # type: ignore[arg-type]
-        self.batch = RolloutBatch(
-            int(state["rollout_step"]),  # type: ignore[call-overload]
-            trajectory,
-            states,
-            self.ask_teacher(trajectory, {}),
-        )
+        rollout_step = int(state["rollout_step"])  # type: ignore[call-overload]
+        self.batch = RolloutBatch(rollout_step, trajectory, states, self.share_out(trajectory, states, {}))
+
+
+def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, dp_size: int) -> Tensor:
+    """The rollouts that a data-parallel rank trains on, update after update: ``global_batch_size / dp_size`` of each.
+
+    Within an update they are dealt by length, so that all ranks have rows of about the same lengths.
+    """
+    lengths = trajectory.prompt_len + trajectory.response_len
+    updates = torch.arange(len(trajectory), device=lengths.device).split(global_batch_size)
+    return torch.cat([rows[lengths[rows].argsort(stable=True)][dp_rank::dp_size] for rows in updates])
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from nemo_opdlm.diffusion.sampler import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, random_mask
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec
+from nemo_opdlm.megatron.exchange import respond_together
 from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.step import mean_divergence
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.step import divergence_sums, total
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 
 #: Always the full forward KL, whatever the run trains on.
@@ -20,11 +21,18 @@ HELDOUT_DIVERGENCE = DivergenceSpec()
 
 @dataclass(frozen=True)
 class HeldoutSet:
-    """The teacher's own answers to held-out prompts, randomly masked once, and the teacher's targets on them."""
+    """The teacher's own answers to held-out prompts, randomly masked once, and the teacher's targets on them.
+
+    Attributes:
+        trajectory, states: the whole set, on every rank.
+        share: the part of it that this data-parallel rank judges; None where there are more ranks than answers.
+        targets: the teacher's, of the share.
+    """
 
     trajectory: Trajectory
     states: DenoisingState
-    targets: TeacherTargets
+    share: tuple[Trajectory, DenoisingState] | None
+    targets: TeacherTargets | None
 
     @staticmethod
     def build(
@@ -35,7 +43,7 @@ class HeldoutSet:
         response_length: int,
         settings: RolloutSettings,
     ) -> "HeldoutSet":
-        """Sample the teacher at temperature 1 and mask each block with its own t ~ U(0, 1).
+        """Sample the teacher at temperature 1 and mask each block with its own t ~ U(0, 1); every rank calls this.
 
         Args:
             teacher: gives the targets.
@@ -44,13 +52,29 @@ class HeldoutSet:
             response_length: tokens per answer.
             settings: block size, mask and end tokens; its seed and step make the set reproducible.
         """
-        rows = torch.arange(prompt_len.shape[0], device=prompt_len.device)
+        parallel = teacher.network.parallel
         limit = torch.full_like(prompt_len, response_length)
-        trajectory = engine.generate_autoregressive(prompt_ids, prompt_len, limit, rows, settings)
+        numbers = torch.arange(prompt_len.shape[0], device=prompt_len.device)
+
+        def respond(rows: torch.Tensor) -> Trajectory:
+            prompts = (prompt_ids[rows], prompt_len[rows], limit[rows], numbers[rows])
+            return engine.generate_autoregressive(*prompts, settings)
+
+        trajectory = respond_together(respond, limit, parallel)
         states = random_mask(
             trajectory, settings.mask_token_id, num_states=1, seed=settings.seed, step=settings.step
         )
-        return HeldoutSet(trajectory, states, teacher.targets(trajectory, HELDOUT_DIVERGENCE))
+        return HeldoutSet.of(teacher, trajectory, states)
+
+    @staticmethod
+    def of(teacher: Teacher, trajectory: Trajectory, states: DenoisingState) -> "HeldoutSet":
+        """The set of these states, which every rank holds; every rank calls this."""
+        parallel = teacher.network.parallel
+        mine = torch.arange(len(trajectory), device=parallel.device)[parallel.dp_rank :: parallel.dp_size]
+        if mine.numel() == 0:
+            return HeldoutSet(trajectory, states, None, None)
+        share = trajectory.index(mine), states.index(mine)
+        return HeldoutSet(trajectory, states, share, teacher.targets(share[0], HELDOUT_DIVERGENCE))
 
     @property
     def checksum(self) -> str:
@@ -60,13 +84,23 @@ class HeldoutSet:
             digest.update(tensor.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def divergence(self, student: HiddenStatesGPT, micro_batch_size: int) -> float:
-        """Forward KL(teacher || student) in nats, mean over the masked tokens of the set."""
+    def divergence(self, student: StagedGPT, micro_batch_size: int) -> float:
+        """Forward KL(teacher || student) in nats, mean over the masked tokens of the set; every rank calls this."""
         was_training = student.training
         student.eval()
         try:
-            return mean_divergence(
-                student, self.trajectory, self.states, self.targets, HELDOUT_DIVERGENCE, micro_batch_size
-            )
+            sums = total(self._sums(student, micro_batch_size), student.parallel)
         finally:
             student.train(was_training)
+        return sums["divergence_sum"] / sums["num_tokens"]
+
+    def _sums(self, student: StagedGPT, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+        if self.share is None or self.targets is None:
+            return []
+        trajectory, states = self.share
+        parallel = student.parallel
+        # Context-parallel ranks, which share these answers, judge different ones.
+        rows = torch.arange(len(trajectory), device=parallel.device)[parallel.cp_rank :: parallel.cp_size]
+        return divergence_sums(
+            student, trajectory, states, self.targets, rows, HELDOUT_DIVERGENCE, micro_batch_size
+        )

@@ -21,7 +21,7 @@ from nemo_opdlm.distillation.curriculum import (
 )
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
 from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import StagedGPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ class Method:
         return torch.minimum(limits, torch.tensor(caps, device=limits.device))
 
     def engine(
-        self, network: HiddenStatesGPT, max_batch_size: int, sampling: SamplingParams | None = None
+        self, network: StagedGPT, max_batch_size: int, sampling: SamplingParams | None = None
     ) -> RolloutEngine:
         """A rollout engine over a network; ``sampling`` defaults to the rollout's temperature and filters."""
         rollout = self.config.rollout

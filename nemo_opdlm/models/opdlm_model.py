@@ -17,13 +17,11 @@ from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
-from nemo_opdlm.megatron.head import LMHead
-from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import OPDLMSaveRestoreConnector
-from nemo_opdlm.models.conversion import precision_name
+from nemo_opdlm.models.conversion import PREFIX, precision_name
 from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
@@ -147,13 +145,13 @@ class OPDLMModel(ModelPT):
             return
         assert self.tokens is not None and self._train_prompts is not None
         settings = optimizer_settings(self.config, self.trainer.max_steps, self._clip_grad)
-        ddp = megatron_optimizer.wrap(self.model, self.parallel, settings)
-        self._optimizer = megatron_optimizer.StudentOptimizer(ddp, settings)
+        network = megatron_optimizer.wrap(self.model, settings)
+        self._optimizer = megatron_optimizer.StudentOptimizer(network, settings)
         method = self.method
         distiller = OnPolicyDistiller(
             self.config,
             method,
-            Network(self.model, ddp, LMHead(self.model), self.parallel),
+            network,
             self._optimizer,
             self.teacher,
             self._train_prompts,
@@ -228,7 +226,7 @@ class OPDLMModel(ModelPT):
 
     def sharded_state_dict(self, include_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
         """Megatron's sharded view of the weights (keys ``model.*``) and, for training, of the optimizer."""
-        weights = self.model.sharded_state_dict(prefix="model.")
+        weights = self.model.sharded_weights(PREFIX)
         state = {"model": weights}
         if include_optimizer:
             state["optimizer"] = self._optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading)
@@ -236,8 +234,7 @@ class OPDLMModel(ModelPT):
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take over a loaded state; without an optimizer the fp32 master weights follow the weights."""
-        network = {name.removeprefix("model."): value for name, value in state["model"].items()}
-        self.model.load_state_dict(network, strict=False)
+        self.model.load_weights(state["model"], PREFIX)
         if self._optimizer is None:
             return
         if "optimizer" in state:

@@ -55,8 +55,6 @@ def train(config: Config) -> OPDLMModel:
     inputs = read_inputs(config)
     config = inputs.config
     trainer = _trainer(config)
-    if trainer.world_size > 1:
-        raise ValueError(f"trainer.devices={config.trainer.devices!r} is {trainer.world_size} ranks here: set it to 1")
     # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
     model = restore(inputs, trainer)
     manager = _named(config)

@@ -11,7 +11,7 @@ from nemo_opdlm.convert.hugging_face import HfImport
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.optimizer import OptimizerSettings
 from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions, build_model
+from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 
 #: Rows of the embedding; the tokenizer below has 40 entries, so the mask token becomes row 40.
 VOCAB_SIZE = 48
@@ -142,7 +142,7 @@ def random_network(
     rule: AttentionRule = AttentionRule.BLOCK_DIFFUSION,
     options: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
     seed: int = 0,
-) -> HiddenStatesGPT:
+) -> StagedGPT:
     """A network with weights that depend on ``seed`` alone; its logits differ enough that no position is a toss-up."""
     torch.manual_seed(seed)
     network = build_model(arch, parallel, rule, options)
@@ -157,8 +157,8 @@ def load_import(
     parallel: ParallelContext,
     rule: AttentionRule,
     options: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
-) -> HiddenStatesGPT:
+) -> StagedGPT:
     """The network of an imported Hugging Face folder."""
     network = build_model(imported.architecture, parallel, rule, options)
-    network.load_state_dict(imported.state_dict, strict=False)
+    network[0].load_state_dict(imported.state_dict, strict=False)
     return network

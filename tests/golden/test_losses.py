@@ -53,12 +53,12 @@ def measure(case: str) -> dict[str, float]:
     teacher.network.load_state_dict(source.state_dict())
     trajectory = random_trajectory(num_rows=8, block_size=4)
     states = select_states(selection, trajectory, MASK_TOKEN_ID, num_states=2, seed=0, step=1)
-    ddp, rows = wrap(student, parallel, SETTINGS), torch.arange(len(trajectory))
+    network, rows = wrap(student, SETTINGS), torch.arange(len(trajectory))
     parts = micro_batches(
         trajectory, states, teacher.targets(trajectory, spec), rows, Normalization(normalization), 3
     )
-    ddp.zero_grad_buffer()
-    sums = forward_backward(ddp, parts, distillation_loss(LMHead(student), spec))
+    network.zero_grad_buffer()
+    sums = forward_backward(network, parts, distillation_loss(LMHead(student), spec))
     loss = sum(float(part["loss_sum"]) for part in sums) / sum(float(part["count"]) for part in sums)
     norm = sum(float(parameter.main_grad.double().pow(2).sum()) for parameter in student.parameters()) ** 0.5
     return {"loss": loss, "grad_norm": norm}

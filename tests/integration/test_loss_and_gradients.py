@@ -73,7 +73,7 @@ def problem(
     student_folder, teacher_folder = folder(0), folder(1)
     student, teacher_import = hf_to_megatron(student_folder), hf_to_megatron(teacher_folder)
     teacher = Teacher(teacher_import.architecture, parallel, ModelOptions(), micro_batch_size=2)
-    teacher.network.load_state_dict(teacher_import.state_dict, strict=False)
+    teacher.network[0].load_state_dict(teacher_import.state_dict, strict=False)
     trajectory = rollouts(student, parallel)
     states = one_state_per_block(trajectory, tiny.MASK_TOKEN_ID, num_states=NUM_STATES, seed=0, step=1)
     return Problem(
@@ -183,18 +183,18 @@ def ours(
 ) -> Outcome:
     """The update as training makes it: Megatron's DDP, schedule and gradient buffers."""
     trajectory, states = batch or (problem.trajectory, problem.states)
-    network = tiny.load_import(
+    model = tiny.load_import(
         problem.student, problem.parallel, AttentionRule.BLOCK_DIFFUSION, ModelOptions(**options)
     )
-    ddp = wrap(network, problem.parallel, ADAM)
-    optimizer = StudentOptimizer(ddp, ADAM)
+    network = wrap(model, ADAM)
+    optimizer = StudentOptimizer(network, ADAM)
     targets = problem.teacher.targets(trajectory, spec)
     rows = torch.arange(len(trajectory))
     parts = micro_batches(trajectory, states, targets, rows, normalization, micro_batch_size)
     optimizer.zero_grad()
-    sums = forward_backward(ddp, parts, distillation_loss(head_type(network), spec))
+    sums = forward_backward(network, parts, distillation_loss(head_type(model), spec))
     loss = sum(float(part["loss_sum"]) for part in sums) / sum(float(part["count"]) for part in sums)
-    gradients = {name: parameter.main_grad.clone() for name, parameter in network.named_parameters()}
+    gradients = {name: parameter.main_grad.clone() for name, parameter in model[0].named_parameters()}
     return Outcome(loss, gradients, optimizer)
 
 
@@ -285,7 +285,7 @@ def test_bf16_lies_near_fp32_and_updates_fp32_weights(problem: Problem, options:
         assert update.gradients[name].dtype == torch.float32
         cosine = torch.cosine_similarity(gradient.flatten(), update.gradients[name].flatten(), dim=0)
         assert cosine > 0.99, (name, float(cosine))
-    network = update.optimizer.ddp.module
+    network = update.optimizer.network.model
     before = {name: parameter.detach().clone().float() for name, parameter in network.named_parameters()}
     assert update.optimizer.step() == pytest.approx(exact.optimizer.step(), rel=0.05)
     for name, parameter in network.named_parameters():

@@ -16,13 +16,13 @@ from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.megatron.attention import KVCache
+from nemo_opdlm.megatron.denoiser import MegatronDenoiser
 from nemo_opdlm.megatron.forward import MicroBatch, forward_backward, forward_only
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.rollout import MegatronDenoiser
 from nemo_opdlm.megatron.step import distillation_loss, micro_batches
-from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions
+from nemo_opdlm.megatron.student import ModelOptions, StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.testing import tiny
 
@@ -38,7 +38,7 @@ Recording = dict[tuple[int, int, int], Tensor]
 class RecordingDenoiser(MegatronDenoiser):
     """Keeps the logits of every forward, and how many forwards the network ran."""
 
-    def __init__(self, model: HiddenStatesGPT, num_rows: int, length: int, block_size: int) -> None:
+    def __init__(self, model: StagedGPT, num_rows: int, length: int, block_size: int) -> None:
         forbidden = torch.arange(model.arch.vocab_size) >= tiny.NUM_TOKENS
         super().__init__(
             model, KVCache(num_rows, length), block_size, tiny.MASK_TOKEN_ID, SamplingParams(temperature=1.0), forbidden
@@ -116,7 +116,7 @@ def prompts(block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def evaluating(network: HiddenStatesGPT) -> Iterator[None]:
+def evaluating(network: StagedGPT) -> Iterator[None]:
     network.eval()
     with torch.no_grad():
         yield
@@ -124,7 +124,7 @@ def evaluating(network: HiddenStatesGPT) -> Iterator[None]:
 
 
 def record(
-    network: HiddenStatesGPT,
+    network: StagedGPT,
     block_size: int,
     strategy: RemaskingStrategy,
     denoiser_type: type[RecordingDenoiser] = RecordingDenoiser,
@@ -138,7 +138,7 @@ def record(
 
 
 def training_logits(
-    network: HiddenStatesGPT, trajectory: Trajectory, states: DenoisingState
+    network: StagedGPT, trajectory: Trajectory, states: DenoisingState
 ) -> tuple[SupervisedIndex, Tensor]:
     """Logits ``[M, V]`` of one two-stream forward over all rows at the supervised positions."""
     rows = two_stream_rows(trajectory, states)
@@ -149,7 +149,7 @@ def training_logits(
         return index, LMHead(network).logits(hidden)
 
 
-def largest_difference(network: HiddenStatesGPT, trajectory: Trajectory, recording: Recording) -> float:
+def largest_difference(network: StagedGPT, trajectory: Trajectory, recording: Recording) -> float:
     """Over every state of the trajectory and every position that is masked in it."""
     states = all_states(trajectory, tiny.MASK_TOKEN_ID)
     index, logits = training_logits(network, trajectory, states)
@@ -164,11 +164,11 @@ def largest_difference(network: HiddenStatesGPT, trajectory: Trajectory, recordi
     return float((torch.stack(seen) - logits).abs().max())
 
 
-def train(network: HiddenStatesGPT, parallel: ParallelContext, num_updates: int = 3) -> None:
+def train(network: StagedGPT, parallel: ParallelContext, num_updates: int = 3) -> None:
     """A few real updates, large enough to change every logit."""
     settings_of_adam = tiny.optimizer_settings()
-    ddp = wrap(network, parallel, settings_of_adam)
-    optimizer = StudentOptimizer(ddp, settings_of_adam)
+    wrapped = wrap(network, settings_of_adam)
+    optimizer = StudentOptimizer(wrapped, settings_of_adam)
     teacher = Teacher(network.arch, parallel, ModelOptions(), micro_batch_size=4)
     spec = DivergenceSpec()
     loss = distillation_loss(LMHead(network), spec)
@@ -177,18 +177,18 @@ def train(network: HiddenStatesGPT, parallel: ParallelContext, num_updates: int 
         states, targets = all_states(trajectory, tiny.MASK_TOKEN_ID), teacher.targets(trajectory, spec)
         rows = torch.arange(len(trajectory))
         optimizer.zero_grad()
-        forward_backward(ddp, micro_batches(trajectory, states, targets, rows, Normalization.token, 4), loss)
+        forward_backward(wrapped, micro_batches(trajectory, states, targets, rows, Normalization.token, 4), loss)
         optimizer.step()
 
 
 @pytest.fixture(scope="module")
-def fresh(parallel: ParallelContext) -> HiddenStatesGPT:
+def fresh(parallel: ParallelContext) -> StagedGPT:
     """A random student."""
     return tiny.random_network(tiny.architecture(), parallel)
 
 
 @pytest.fixture(scope="module")
-def trained(parallel: ParallelContext) -> HiddenStatesGPT:
+def trained(parallel: ParallelContext) -> StagedGPT:
     """The same student after a few updates."""
     network = tiny.random_network(tiny.architecture(), parallel)
     before = network.head_weight().detach().clone()
@@ -198,16 +198,16 @@ def trained(parallel: ParallelContext) -> HiddenStatesGPT:
 
 
 @pytest.fixture(params=["fresh", "trained"])
-def network(request: pytest.FixtureRequest) -> HiddenStatesGPT:
+def network(request: pytest.FixtureRequest) -> StagedGPT:
     """A student before or after training."""
-    student: HiddenStatesGPT = request.getfixturevalue(request.param)
+    student: StagedGPT = request.getfixturevalue(request.param)
     return student
 
 
 @pytest.mark.parametrize("strategy", [STATIC, DYNAMIC])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_training_logits_at_every_visited_state_are_those_the_rollout_saw(
-    network: HiddenStatesGPT, block_size: int, strategy: RemaskingStrategy
+    network: StagedGPT, block_size: int, strategy: RemaskingStrategy
 ) -> None:
     trajectory, denoiser = record(network, block_size, strategy)
     assert set((trajectory.prompt_len % block_size).tolist()) == set(range(block_size))
@@ -215,7 +215,7 @@ def test_training_logits_at_every_visited_state_are_those_the_rollout_saw(
     assert largest_difference(network, trajectory, denoiser.recording) < TOLERANCE
 
 
-def test_the_rollouts_compared_end_in_both_ways_and_reveal_several_tokens_at_a_time(fresh: HiddenStatesGPT) -> None:
+def test_the_rollouts_compared_end_in_both_ways_and_reveal_several_tokens_at_a_time(fresh: StagedGPT) -> None:
     trajectory, _ = record(fresh, 8, DYNAMIC)
     assert set(trajectory.finish_reason.tolist()) == {FinishReason.END_OF_TURN, FinishReason.LENGTH}
     assert int(trajectory.num_forwards.sum()) < int(trajectory.response_len.sum())
@@ -224,7 +224,7 @@ def test_the_rollouts_compared_end_in_both_ways_and_reveal_several_tokens_at_a_t
 @pytest.mark.parametrize("strategy", [STATIC, DYNAMIC])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_the_fused_commit_leaves_the_cache_and_the_logits_of_a_separate_cache_write(
-    fresh: HiddenStatesGPT, block_size: int, strategy: RemaskingStrategy
+    fresh: StagedGPT, block_size: int, strategy: RemaskingStrategy
 ) -> None:
     fused_trajectory, fused = record(fresh, block_size, strategy)
     separate_trajectory, separate = record(fresh, block_size, strategy, SeparatelyCommittingDenoiser)
@@ -242,7 +242,7 @@ def test_the_fused_commit_leaves_the_cache_and_the_logits_of_a_separate_cache_wr
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_no_forward_is_spent_on_the_cache_alone_and_none_follows_the_last_block(
-    fresh: HiddenStatesGPT, block_size: int
+    fresh: StagedGPT, block_size: int
 ) -> None:
     trajectory, denoiser = record(fresh, block_size, STATIC)
     assert denoiser.forwards_of_row == trajectory.num_forwards.tolist()
@@ -253,7 +253,7 @@ def test_no_forward_is_spent_on_the_cache_alone_and_none_follows_the_last_block(
 
 @pytest.mark.parametrize("block_size", [2, 4, 8])
 def test_a_clean_token_that_is_masked_in_a_state_changes_no_logit_of_its_block(
-    fresh: HiddenStatesGPT, block_size: int
+    fresh: StagedGPT, block_size: int
 ) -> None:
     trajectory, _ = record(fresh, block_size, STATIC)
     states = all_states(trajectory, tiny.MASK_TOKEN_ID)

@@ -107,7 +107,7 @@ def test_a_micro_batch_has_the_rows_of_the_whole_batch() -> None:
     states = states_of(trajectory)
     whole = two_stream_rows(trajectory, states)
     part = torch.tensor([7, 0, 3])
-    rows = two_stream_rows(trajectory.index(part), states.index(part), width=whole.token_ids.shape[1])
+    rows = two_stream_rows(trajectory.index(part), states.index(part), multiple_of=whole.token_ids.shape[1])
     assert torch.equal(rows.token_ids, whole.token_ids[part])
     assert torch.equal(rows.loss_mask, whole.loss_mask[part])
     assert torch.equal(rows.attributes.position_ids, whole.attributes.position_ids[part])

@@ -37,7 +37,7 @@ def without_redirect(parallel: ParallelContext) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def optimizer(parallel: ParallelContext) -> StudentOptimizer:
     """A student ready to be trained."""
-    return StudentOptimizer(wrap(tiny.random_network(tiny.architecture(), parallel), parallel, SETTINGS), SETTINGS)
+    return StudentOptimizer(wrap(tiny.random_network(tiny.architecture(), parallel), SETTINGS), SETTINGS)
 
 
 def train(optimizer: StudentOptimizer) -> float:
@@ -46,13 +46,13 @@ def train(optimizer: StudentOptimizer) -> float:
     batch = MicroBatch(token_ids, TokenAttributes(zeros, zeros, positions, positions // 4))
     optimizer.zero_grad()
     forward_backward(
-        optimizer.ddp, [batch], lambda hidden, _: (hidden.square().sum(), torch.tensor(8, dtype=torch.int), {})
+        optimizer.network, [batch], lambda hidden, _: (hidden.square().sum(), torch.tensor(8, dtype=torch.int), {})
     )
     return optimizer.step()
 
 
 def test_megatron_trains_on_a_cpu_with_the_redirect(optimizer: StudentOptimizer) -> None:
-    assert optimizer.ddp.module.attention.rule is AttentionRule.BLOCK_DIFFUSION
+    assert optimizer.network.model.attention.rule is AttentionRule.BLOCK_DIFFUSION
     assert train(optimizer) > 0
 
 
@@ -69,7 +69,7 @@ def test_without_the_redirect_megatrons_optimizer_refuses_weights_on_a_cpu(
     options = ModelOptions(params_dtype=torch.bfloat16)
     network = tiny.random_network(tiny.architecture(), parallel, options=options)
     with pytest.raises((TypeError, AssertionError, RuntimeError), match=r"(?i)cuda|nvidia"):
-        StudentOptimizer(wrap(network, parallel, SETTINGS), SETTINGS)
+        StudentOptimizer(wrap(network, SETTINGS), SETTINGS)
 
 
 def test_a_request_for_cuda_is_answered_with_the_cpu(parallel: ParallelContext) -> None:

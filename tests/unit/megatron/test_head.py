@@ -31,7 +31,7 @@ def test_tied_and_own_heads_read_their_weights_in_place() -> None:
     for tied in (True, False):
         head = make_head(share_embeddings_and_output_weights=tied)
         hidden = torch.randn(2, 32)
-        table = head.model.embedding.word_embeddings.weight if tied else head.model.output_layer.weight
+        table = head.model[0].embedding.word_embeddings.weight if tied else head.model[0].output_layer.weight
         with torch.no_grad():
             table.mul_(2)
         torch.testing.assert_close(head.logits(hidden), hidden @ table.T)

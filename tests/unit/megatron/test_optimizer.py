@@ -18,7 +18,7 @@ def make_optimizer(dtype: torch.dtype = torch.float32, **changes: object) -> Stu
     parallel = initialize()
     settings = tiny.optimizer_settings(**changes)
     network = tiny.random_network(tiny.architecture(), parallel, options=ModelOptions(params_dtype=dtype))
-    return StudentOptimizer(wrap(network, parallel, settings), settings)
+    return StudentOptimizer(wrap(network, settings), settings)
 
 
 def fill_gradients(optimizer: StudentOptimizer, scale: float = 1.0) -> float:
@@ -26,7 +26,7 @@ def fill_gradients(optimizer: StudentOptimizer, scale: float = 1.0) -> float:
     optimizer.zero_grad()
     generator = torch.Generator().manual_seed(0)
     total = 0.0
-    for parameter in optimizer.ddp.module.parameters():
+    for parameter in optimizer.network.model.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         total += float(parameter.main_grad.double().pow(2).sum())
     return total**0.5
@@ -34,7 +34,7 @@ def fill_gradients(optimizer: StudentOptimizer, scale: float = 1.0) -> float:
 
 def snapshot(optimizer: StudentOptimizer) -> list[Tensor]:
     """Weights, master weights and moments."""
-    network = optimizer.ddp.module
+    network = optimizer.network.model
     tensors = [*network.parameters(), *(getattr(p, "main_param", p) for p in network.parameters())]
     for part in optimizer.megatron.chained_optimizers:
         tensors += [value for state in part.optimizer.state.values() for value in state.values()]
@@ -43,7 +43,7 @@ def snapshot(optimizer: StudentOptimizer) -> list[Tensor]:
 
 def test_the_learning_rate_of_every_update_is_the_recipes() -> None:
     optimizer = make_optimizer()
-    optimizer = StudentOptimizer(optimizer.ddp, RECIPE)
+    optimizer = StudentOptimizer(optimizer.network, RECIPE)
     found = {}
     for update in range(7729):
         if update in RATES:
@@ -54,12 +54,12 @@ def test_the_learning_rate_of_every_update_is_the_recipes() -> None:
 
 def test_the_rate_an_update_uses_is_the_one_before_the_schedule_advances() -> None:
     optimizer = make_optimizer(eps=1e-30, decay_steps=1000)
-    before = optimizer.ddp.module.head_weight().detach().clone()
+    before = optimizer.network.model.head_weight().detach().clone()
     fill_gradients(optimizer)
     rate = optimizer.lr
     optimizer.step()
     # Adam's first step is lr * sign(gradient) wherever the gradient is not tiny.
-    moved = (optimizer.ddp.module.head_weight() - before).abs()
+    moved = (optimizer.network.model.head_weight() - before).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=1e-7)
     assert optimizer.lr < rate
 
@@ -69,7 +69,7 @@ def test_the_norm_is_reported_before_clipping_and_clipping_keeps_the_direction()
     for optimizer in (clipped, free):
         norm = fill_gradients(optimizer)
         assert optimizer.step() == pytest.approx(norm, rel=1e-5)
-    for ours, theirs in zip(clipped.ddp.module.parameters(), free.ddp.module.parameters(), strict=True):
+    for ours, theirs in zip(clipped.network.model.parameters(), free.network.model.parameters(), strict=True):
         torch.testing.assert_close(ours.main_grad, theirs.main_grad * 0.5 / norm, rtol=1e-5, atol=0)
 
 
@@ -81,7 +81,7 @@ def test_one_gradient_that_is_not_finite_leaves_weights_and_moments_untouched(dt
     optimizer.step()
     before, rate = snapshot(optimizer), optimizer.lr
     fill_gradients(optimizer)
-    next(optimizer.ddp.module.parameters()).main_grad[3, 5] = value
+    next(optimizer.network.model.parameters()).main_grad[3, 5] = value
     norm = optimizer.step()
     assert StudentOptimizer.is_skipped(norm)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(snapshot(optimizer), before, strict=True))

@@ -1,0 +1,76 @@
+"""Who answers which prompts, and how the records reach every rank: tensors, never text or files.
+
+Ranks with the same weights (data- and context-parallel ones) answer different prompts. Afterwards every rank holds all records:
+a few integers per token. Which of them it trains on, and how a checkpoint splits them, then does not depend on who made them.
+"""
+
+import heapq
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.megatron.parallel import ParallelContext
+
+
+def longest_first(cost: Tensor, num_ranks: int) -> list[Tensor]:
+    """Deal rows to ranks, the most expensive first and always to the rank that has least to do; ``[S]`` -> row numbers.
+
+    A rank then ends with the cheap ones, which evens out the slow tail.
+    """
+    load = [(0, rank) for rank in range(num_ranks)]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    costs: list[int] = cost.tolist()
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        busy, rank = heapq.heappop(load)
+        shares[rank].append(row)
+        heapq.heappush(load, (busy + costs[row], rank))
+    return [torch.tensor(share, dtype=torch.int64, device=cost.device) for share in shares]
+
+
+def respond_together(respond: Callable[[Tensor], Trajectory], cost: Tensor, parallel: ParallelContext) -> Trajectory:
+    """Let every data rank answer its share of the prompts; all records, in the order of the prompts, on every rank.
+
+    Args:
+        respond: row numbers ``[n]`` -> their records; called on ranks that have any.
+        cost: int64 ``[S]``, what each prompt may take, in tokens.
+        parallel: this process's place in the layout.
+    """
+    shares = longest_first(cost, parallel.data_size)
+    mine = shares[parallel.data_rank]
+    part = respond(mine) if mine.numel() else None
+    parts = [part]
+    if parallel.data_size > 1:
+        parts = [None] * parallel.data_size
+        state = None if part is None else part.to("cpu").state_dict()
+        dist.all_gather_object(parts, state, group=parallel.groups.dp_cp)
+        parts = [None if part is None else Trajectory.from_state_dict(part).to(parallel.device) for part in parts]
+    rows = torch.cat(shares)
+    return Trajectory.cat([part for part in parts if part is not None]).index(rows.argsort())
+
+
+def gather_responses(mine: Tensor, response_len: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Values of each response token of all rollouts ``[sum R, ...]``, from the ranks that hold every n-th rollout's.
+
+    Args:
+        mine: this rank's, of rollouts ``rank``, ``rank + n``, ``rank + 2 n`` ..., one after the other.
+        response_len: int64 ``[B]``, R of all rollouts.
+        group: the n ranks.
+    """
+    num_ranks = dist.get_world_size(group)
+    if num_ranks == 1:
+        return mine
+    lengths = [response_len[rank::num_ranks] for rank in range(num_ranks)]
+    longest = max(int(part.sum()) for part in lengths)
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: mine.shape[0]] = mine
+    gathered = mine.new_empty(num_ranks * longest, *mine.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    first = torch.empty_like(response_len)
+    for rank, part in enumerate(lengths):
+        first[rank::num_ranks] = rank * longest + part.cumsum(0) - part
+    offset = torch.arange(int(response_len.sum()), device=mine.device)
+    offset = offset - (response_len.cumsum(0) - response_len).repeat_interleave(response_len)
+    return gathered[first.repeat_interleave(response_len) + offset]
