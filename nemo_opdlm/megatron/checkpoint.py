@@ -6,6 +6,8 @@ called: the first starts helper processes that import the running script again, 
 
 import json
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedStateDict,
     ShardedTensor,
+    ShardedTensorFactory,
     apply_factory_merges,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
@@ -35,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -115,6 +119,65 @@ def load_sharded(
     merge(state, local_values)
     merge(state, _read_tensors(directory, metadata, wanted))
     return apply_factory_merges(state, factories)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def load_whole(
+    tensors: Mapping[str, Tensor], sharded_state_dict: ShardedStateDict, *, prefix: str, vocab_size: int, source: str
+) -> dict[str, Any]:
+    """Load whole tensors of another kind of checkpoint into the layout of `sharded_state_dict`; no rank waits for another.
+
+    Args:
+        tensors: Megatron name at tensor- and pipeline-parallel size 1 -> tensor; read one at a time, each once.
+        sharded_state_dict: the weights to load, as Megatron's `sharded_state_dict()` gives them; they are read into the
+            storage that it refers to, and returned as by `load_sharded`.
+        prefix: what the keys of `sharded_state_dict` have before the names of `tensors`.
+        vocab_size: true rows of the vocabulary; rows that only pad the model are set to zero.
+        source: where the tensors come from, for messages.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape or another number of layers; one line that names it.
+    """
+    request = dict_list_map_outplace(_without_extra_state, sharded_state_dict)
+    force_all_tensors_to_non_fp8(request)
+
+    def load(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: load(name, item) for name, item in value.items()}
+        if isinstance(value, LocalNonpersistentObject):
+            return value.unwrap()
+        parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+        name = _whole_name(tensors, name.removeprefix(prefix), parts[0], prefix, source)
+        whole = tensors[name]
+        filled = [_fill(part, whole, vocab_size, f"{source}: {name}") for part in parts]
+        return value.merge_fn(filled) if isinstance(value, ShardedTensorFactory) else filled[0]
+
+    return load("", request)  # type: ignore[no-any-return]
+
+
+def _whole_name(tensors: Mapping[str, Tensor], name: str, part: ShardedTensor, prefix: str, source: str) -> str:
+    """The name of a tensor of this stage in the whole model: layers count from its start, a tied head is the embedding."""
+    if part.prepend_axis_num:
+        num_layers, layer = part.global_shape[0], part.global_offset[0]
+        if re.sub(r"(?<=layers\.)\d+", str(num_layers), name) in tensors:
+            raise ValueError(f"{source} holds more layers than the model's {num_layers}")
+        name = re.sub(r"(?<=layers\.)\d+", str(layer), name)
+    elif name not in tensors:
+        name = part.key.removeprefix(prefix)
+    if name not in tensors:
+        raise ValueError(f"{source} lacks {name}, which the model needs")
+    return name
+
+
+def _fill(part: ShardedTensor, whole: Tensor, vocab_size: int, what: str) -> Tensor:
+    needs, offset = (values[part.prepend_axis_num :] for values in (part.global_shape, part.global_offset))
+    is_padded = part.allow_shape_mismatch and len(whole) == vocab_size and whole.shape[1:] == needs[1:]
+    if tuple(whole.shape) != needs and not (is_padded and needs[0] > vocab_size):
+        raise ValueError(f"{what} has shape {list(whole.shape)}, the model needs {list(needs)}")
+    region = whole[tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))]
+    part.data[: len(region)] = region
+    part.data[len(region) :] = 0
+    return part.data
 
 
 class _Writer(FileSystemWriter):

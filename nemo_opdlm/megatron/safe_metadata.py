@@ -101,24 +101,45 @@ def read_metadata(directory: str | Path) -> Metadata:
         ValueError: it is missing, damaged, refers to anything but checkpoint metadata, or holds foreign byte entries.
     """
     path = Path(directory) / METADATA
+    entries, storage = _read_entries(path)
+    _check_byte_entries(path, entries, storage)
+    _check_files(path, entries, storage)
+    return Metadata(state_dict_metadata=entries, planner_data=None, storage_data=storage)
+
+
+def read_tensor_index(directory: str | Path) -> Metadata:
+    """The index of a checkpoint of which only tensors will be read: trainers store more, pickled, and none of it counts.
+
+    Raises:
+        ValueError: as `check`, but for byte entries and `common.pt`, which are left out.
+    """
+    directory = Path(directory)
+    _check_config(directory)
+    entries, storage = _read_entries(directory / METADATA)
+    tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    storage = {index: info for index, info in storage.items() if index.fqn in tensors}
+    _check_files(directory / METADATA, tensors, storage)
+    return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage)  # type: ignore[arg-type]
+
+
+def load_weights_only(source: Any, path: Path, *, mmap: bool = False) -> Any:
+    """What torch saved, as long as it is made of plain containers, numbers and tensors.
+
+    Args:
+        source: file or stream.
+        path: of the file, for messages.
+        mmap: map the file instead of reading it.
+
+    Raises:
+        ValueError: it is damaged or would need more than plain data; nothing in it was executed.
+    """
     try:
-        with path.open("rb") as stream:
-            record = _AllowListUnpickler(stream).load()
-    except FileNotFoundError:
-        _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
+        # Explicit, because the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes the default.
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        _refuse(path, f"is refused: {error}")
-    except Exception as error:  # damaged pickles raise nearly anything
+        _refuse(path, f"is refused: it holds more than plain data ({_weights_only_reason(error)})")
+    except Exception as error:
         _refuse(path, f"is damaged ({type(error).__name__}: {_first_line(error)})")
-    try:
-        entries = _fields(record, "Metadata", "MCoreMetadata")
-        tensors = {_text(key): _entry(value) for key, value in entries["state_dict_metadata"].items()}
-        storage = dict(_stored(index, info) for index, info in (entries["storage_data"] or {}).items())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _refuse(path, f"is damaged ({_first_line(error)})")
-    _check_byte_entries(path, tensors, storage)
-    _check_files(path, tensors, storage)
-    return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage)
 
 
 def load_common(directory: str | Path, metadata: Metadata) -> dict[str, Any]:
@@ -139,13 +160,7 @@ def load_common(directory: str | Path, metadata: Metadata) -> dict[str, Any]:
             source = io.BytesIO(stream.read(info.length))
     else:
         _refuse(path, "is missing")
-    try:
-        # Explicit, because the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes the default.
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        _refuse(path, f"is refused: it holds more than plain data ({_weights_only_reason(error)})")
-    except Exception as error:
-        _refuse(path, f"is damaged ({type(error).__name__}: {_first_line(error)})")
+    loaded = load_weights_only(source, path)
     loaded = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
     if not isinstance(loaded, dict):
         _refuse(path, f"is damaged (it holds a {type(loaded).__name__} instead of a dictionary)")
@@ -155,6 +170,25 @@ def load_common(directory: str | Path, metadata: Metadata) -> dict[str, Any]:
 def is_extra_state(key: str) -> bool:
     """Whether a byte entry is a module's `_extra_state` (Transformer Engine's; `None` for every other module)."""
     return key.split("/shard_")[0].endswith("_extra_state")
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
+    try:
+        with path.open("rb") as stream:
+            record = _AllowListUnpickler(stream).load()
+    except FileNotFoundError:
+        _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
+    except pickle.UnpicklingError as error:
+        _refuse(path, f"is refused: {error}")
+    except Exception as error:  # damaged pickles raise nearly anything
+        _refuse(path, f"is damaged ({type(error).__name__}: {_first_line(error)})")
+    try:
+        entries = _fields(record, "Metadata", "MCoreMetadata")
+        tensors = {_text(key): _entry(value) for key, value in entries["state_dict_metadata"].items()}
+        storage = dict(_stored(index, info) for index, info in (entries["storage_data"] or {}).items())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _refuse(path, f"is damaged ({_first_line(error)})")
+    return tensors, storage
 
 
 def _check_config(directory: Path) -> None:
