@@ -66,7 +66,16 @@ def split_gate_up(fused: Tensor, arch: Architecture) -> list[Tensor]:
     return [half.contiguous() for half in fused.chunk(2)]
 
 
-COPY = Transform(fuse=lambda parts, arch: parts[0], split=lambda fused, arch: [fused])
+def _only(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
+    return parts[0]
+
+
+def _as_it_is(fused: Tensor, arch: Architecture) -> list[Tensor]:
+    return [fused]
+
+
+# Named functions, because a table that one rank sends to another is pickled.
+COPY = Transform(fuse=_only, split=_as_it_is)
 QKV = Transform(fuse=fuse_qkv, split=split_qkv)
 GATE_UP = Transform(fuse=fuse_gate_up, split=split_gate_up)
 

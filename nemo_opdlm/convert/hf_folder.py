@@ -62,8 +62,12 @@ class HfFolder:
             return tensor
 
 
-def load_hf_folder(path: str | Path) -> HfFolder:
+def load_hf_folder(path: str | Path, tokenizer: str | Path | None = None) -> HfFolder:
     """Open a local Hugging Face folder and read everything but the weights.
+
+    Args:
+        path: the folder.
+        tokenizer: another folder to read the tokenizer from.
 
     Raises:
         ValueError: no such folder, or config, weights, a shard or the tokenizer is missing or unreadable.
@@ -74,7 +78,7 @@ def load_hf_folder(path: str | Path) -> HfFolder:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
     config = read_json(folder / "config.json")
-    tokenizer_files = read_tokenizer_files(folder)
+    tokenizer_files = read_tokenizer_files(folder if tokenizer is None else Path(tokenizer))
     generation_config = folder / GENERATION_CONFIG
     shards = _tensors_by_file(folder)
     shapes: dict[str, tuple[int, ...]] = {}

@@ -14,6 +14,7 @@ from nemo_opdlm.convert import families
 from nemo_opdlm.convert.families import EMBEDDING, LM_HEAD, OUTPUT_LAYER, WORD_EMBEDDINGS, Shape
 from nemo_opdlm.convert.hf_config import read_architecture, write_config
 from nemo_opdlm.convert.hf_folder import GENERATION_CONFIG, MAX_SHARD_SIZE, HfFolder, load_hf_folder, save_hf_folder
+from nemo_opdlm.convert.lazy_tensors import LazyTensors
 from nemo_opdlm.convert.mask_token import MaskToken, append_mask_row, choose_mask_token
 from nemo_opdlm.convert.tokenizer_files import register_mask_token, unregister_mask_token
 
@@ -52,33 +53,45 @@ class HfOrigin:
 
 @dataclass(frozen=True)
 class HfImport:
-    """A Hugging Face model, ready to become a `.nemo` archive.
+    """A model of another format, ready to become a `.nemo` archive.
 
     Attributes:
         architecture: the network's shape; `vocab_size` counts an added mask row.
-        origin: what an export needs to know.
+        origin: what an export to Hugging Face needs to know.
         state_dict: Megatron name -> tensor at tensor-parallel size 1, all of one type.
         tokenizer_files: file name -> content, the mask token registered.
     """
 
     architecture: Architecture
     origin: HfOrigin
-    state_dict: dict[str, Tensor] = field(repr=False)
+    state_dict: Mapping[str, Tensor] = field(repr=False)
     tokenizer_files: dict[str, bytes] = field(repr=False)
 
 
 def hf_to_megatron(path: str | Path, mask_token: str | None = None, dtype: torch.dtype | None = None) -> HfImport:
-    """Convert a Hugging Face folder. Everything is checked before the first weight is read.
+    """Convert a Hugging Face folder in memory: `open_hugging_face` with every tensor read."""
+    imported = open_hugging_face(path, mask_token, dtype)
+    return replace(imported, state_dict=dict(imported.state_dict))
+
+
+def open_hugging_face(
+    path: str | Path,
+    mask_token: str | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> HfImport:
+    """Open a Hugging Face folder as a Megatron model; tensors are read when they are asked for, after all checks.
 
     Args:
         path: a local folder of a Llama, Qwen2, Qwen3 or SDAR model.
         mask_token: the token that stands for "masked"; None chooses one (see `choose_mask_token`).
         dtype: type of the weights; None keeps the source's (the widest one, should it mix types).
+        tokenizer: folder of the tokenizer; None = the model's.
 
     Raises:
         ValueError: one line naming what is missing, unknown or contradictory.
     """
-    folder = load_hf_folder(path)
+    folder = load_hf_folder(path, tokenizer)
     try:
         architecture, family = read_architecture(folder.config)
     except ValueError as error:
@@ -92,17 +105,36 @@ def hf_to_megatron(path: str | Path, mask_token: str | None = None, dtype: torch
         folder.tokenizer_files, family, architecture.vocab_size, folder.config, folder.generation_config, mask_token
     )
     files = register_mask_token(folder.tokenizer_files, mask.token, mask.token_id)
-
     target = dtype or functools.reduce(torch.promote_types, (folder.dtypes[name] for name in required))
-
-    def read(name: str) -> Tensor:
-        return torch.zeros(expected[name], dtype=target) if name in optional else folder.tensor(name).to(target)
-
-    state_dict = dict(families.to_megatron(read, family, architecture))
-    for name in {WORD_EMBEDDINGS, OUTPUT_LAYER} & state_dict.keys():
-        state_dict[name] = append_mask_row(state_dict[name], mask.added_rows)
+    reader = _FusedTensors(folder, family, architecture, frozenset(optional), target, mask.added_rows)
+    state_dict = LazyTensors(families.megatron_shapes(family, architecture), reader.read)
     architecture = replace(architecture, vocab_size=architecture.vocab_size + mask.added_rows)
     return HfImport(architecture, _origin(folder, family, target, mask), state_dict, files)
+
+
+@dataclass(frozen=True)
+class _FusedTensors:
+    """Megatron's tensors, each fused from the folder's when it is asked for; absent ones are zeros."""
+
+    folder: HfFolder
+    family: str
+    architecture: Architecture
+    absent: frozenset[str]
+    dtype: torch.dtype
+    added_rows: int
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        parts = [self._part(*part) for part in zip(entry.hugging_face, entry.hugging_face_shapes, strict=True)]
+        tensor = entry.transform.fuse(parts, self.architecture)
+        return append_mask_row(tensor, self.added_rows) if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) else tensor
+
+    def _part(self, name: str, shape: Shape) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype) if name in self.absent else self.folder.tensor(name).to(self.dtype)
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, families.Entry]:
+        return {entry.megatron: entry for entry in families.entries(self.family, self.architecture)}
 
 
 def megatron_to_hf(
