@@ -1,1 +1,1 @@
-"""Weights and tokenizers between Hugging Face folders and Megatron-core; needs neither Megatron nor NeMo."""
+"""Weights, settings and tokenizers of other formats <-> Megatron-core tensors; needs neither Megatron nor NeMo."""
