@@ -17,7 +17,7 @@ class GenerateModelConfig:
     """The model that writes.
 
     Attributes:
-        restore_from_path: a `.nemo` file; required.
+        restore_from_path: a `.nemo` file, or another checkpoint that training starts from; required.
     """
 
     restore_from_path: str | None = None

@@ -174,8 +174,9 @@ class ModelConfig:
     """Weights, layout, architecture, precision, memory, data and method of a run.
 
     Attributes:
-        restore_from_path: the AR model, or a trained student to continue: a `.nemo` file; required.
-        kd_teacher_restore_from_path: the teacher; null = the weights of `restore_from_path`.
+        restore_from_path: the AR model, or a trained student to continue: a `.nemo` file of this package or of NeMo 1.x, or
+            a NeMo 2.0, Megatron-Bridge or Hugging Face folder; required. `tokenizer.type` makes up for a missing tokenizer.
+        kd_teacher_restore_from_path: the teacher, of any of these kinds; null = the weights of `restore_from_path`.
         seed: key of all randomness of the run.
         micro_batch_size: sequences of one forward and backward pass on one data-parallel rank.
         global_batch_size: sequences of one update, over all ranks.

@@ -275,7 +275,7 @@ def _files(config: Config) -> None:
     model = config.model
     if model.restore_from_path is None:
         raise ValueError(
-            "model.restore_from_path=None must be given: a .nemo file, made by examples/convert_hf_to_nemo.py"
+            "model.restore_from_path=None must be given: a .nemo file, or a Hugging Face, NeMo 2.0 or Megatron-Bridge folder"
         )
     for key in ("model.restore_from_path", "model.kd_teacher_restore_from_path", "model.tokenizer.type"):
         _exists(config, key)

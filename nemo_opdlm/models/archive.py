@@ -13,17 +13,17 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_opdlm.megatron.atomic_folder import on_every_rank, on_rank_zero
-from nemo_opdlm.megatron.checkpoint import load_sharded, save_sharded
+from nemo_opdlm.megatron.checkpoint import save_sharded
 from nemo_opdlm.models.archive_format import (
     WEIGHTS,
     Archive,
     check_class,
     check_output,
     make_scratch,
-    open_nemo,
-    read_archive_config,
     write_nemo,
 )
+from nemo_opdlm.models.conversion import load_archive
+from nemo_opdlm.models.foreign import open_checkpoint, read_settings
 
 
 class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
@@ -76,7 +76,7 @@ class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
 
         Args:
             calling_cls: class of the model.
-            restore_path: `.nemo` file or extracted folder.
+            restore_path: `.nemo` file or extracted folder, or another checkpoint that `open_checkpoint` reads.
             override_config_path: settings to use instead of the archive's (a `model` section is taken by itself).
             map_location: where to move the model; by default it stays on the device that Megatron works on.
             strict: refuse an archive with more tensors than the model.
@@ -89,24 +89,32 @@ class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
         """
         source = self.model_extracted_dir or restore_path
         if return_config:
-            return _settings(read_archive_config(source), override_config_path)
-        with _opened_once(source) as archive:
+            return _settings(read_settings(source), override_config_path)
+        with _opened_once(source, _tokenizer_folder(override_config_path)) as archive:
             check_class(archive, calling_cls.__name__)
             model = _build(calling_cls, archive, _settings(archive.config, override_config_path), trainer)
             if map_location is not None:
                 model = model.to(map_location)
             wanted = model.sharded_state_dict(include_optimizer=False, is_loading=True)
-            model.load_sharded_state(load_sharded(archive.weights, wanted, strict=strict, vocab_size=model.vocab_size))
+            model.load_sharded_state(load_archive(archive, wanted, model.vocab_size, strict=strict))
         logging.info(f"{calling_cls.__name__} was restored from {source}.")
         return model
 
 
 @contextmanager
-def _opened_once(path: str) -> Iterator[Archive]:
-    """Open an archive on the first rank for all of them: its folder lies where every rank sees it."""
+def _opened_once(path: str, tokenizer: str | None) -> Iterator[Archive]:
+    """Open a checkpoint on the first rank for all of them: its folder lies where every rank sees it."""
     with ExitStack() as stack:
-        yield on_rank_zero(lambda: stack.enter_context(open_nemo(path)))
+        yield on_rank_zero(lambda: stack.enter_context(open_checkpoint(path, tokenizer)))
         on_every_rank(lambda: None)  # the first rank removes the folder only when all have read it
+
+
+def _tokenizer_folder(override: DictConfig | str | None) -> str | None:
+    """The tokenizer that override settings name, for checkpoints that hold none."""
+    if override is None:
+        return None
+    named = OmegaConf.select(_settings({}, override), "tokenizer.type")
+    return str(named) if named is not None and Path(named).is_dir() else None
 
 
 def _settings(stored: dict[str, Any], override: DictConfig | str | None) -> DictConfig:

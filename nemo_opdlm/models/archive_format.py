@@ -19,11 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from nemo_opdlm.models.safe_tar import ArchiveError, extract, read_member
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
@@ -57,14 +60,14 @@ class Archive:
         source: the `.nemo` file or folder it came from, for messages.
         folder: the extracted folder.
         config: the model's settings, without the bookkeeping of tokenizer files.
-        weights: folder of the distributed checkpoint.
+        weights: folder of the distributed checkpoint; of a checkpoint of another kind, its whole tensors by name.
         tokenizer: folder with the tokenizer files under their own names; None if there are none.
     """
 
     source: Path
     folder: Path
     config: dict[str, Any]
-    weights: Path
+    weights: "Path | Mapping[str, Tensor]"
     tokenizer: Path | None
 
 
@@ -75,7 +78,7 @@ def read_archive_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such path.
         ArchiveError: it is no archive, or its settings cannot be read.
     """
-    path = _existing(path)
+    path = existing(path)
     text = _read_config_file(path) if path.is_dir() else read_member(path, CONFIG)
     return _parse_config(path, text)[0]
 
@@ -92,8 +95,8 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
         FileNotFoundError: there is no such path.
         ArchiveError: it is no archive, damaged, of another kind, or a member of it is unsafe to load.
     """
-    path = _existing(path)
-    parent = _scratch_parent(path.parent, scratch)
+    path = existing(path)
+    parent = scratch_parent(path.parent, scratch)
     with tempfile.TemporaryDirectory(prefix=".nemo-", dir=parent) as temporary:
         folder = path
         if not path.is_dir():
@@ -102,7 +105,7 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
         config, tokenizer_files = _parse_config(path, _read_config_file(folder, path))
         _check_layout(path, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
         tokenizer = _lay_out_tokenizer(path, folder, tokenizer_files, Path(temporary) / "tokenizer")
-        with _naming(path, folder):
+        with naming(path, folder):
             _check_weights(folder)
             yield Archive(path, folder, config, folder / WEIGHTS, tokenizer)
 
@@ -183,7 +186,7 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
 
 def make_scratch(output: str | Path) -> Path:
     """A new temporary folder for the parts of an archive: in $TMPDIR if set, else beside the archive."""
-    return Path(tempfile.mkdtemp(prefix=".nemo-", dir=_scratch_parent(Path(output).absolute().parent, None)))
+    return Path(tempfile.mkdtemp(prefix=".nemo-", dir=scratch_parent(Path(output).absolute().parent, None)))
 
 
 def check_class(archive: Archive, name: str = MODEL_CLASS) -> None:
@@ -220,14 +223,41 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-# -- reading --
+def existing(path: str | Path) -> Path:
+    """The absolute path of a file or folder that is there.
 
-
-def _existing(path: str | Path) -> Path:
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = Path(path).expanduser().absolute()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     return path
+
+
+@contextmanager
+def naming(path: Path, folder: Path) -> Iterator[None]:
+    """Let errors about a file of the extracted folder name the archive: the folder is gone when the user looks."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        if str(folder) not in text:
+            raise
+        text = text.replace(f"{folder}/", "").removeprefix(f"{folder}: ").replace(str(folder), "the archive")
+        raise ArchiveError(f"{path}: {text}") from error
+
+
+def scratch_parent(beside: Path, scratch: str | Path | None) -> Path:
+    """Where temporary folders go: to `scratch`, else $TMPDIR, else `beside`, else the system's temporary folder."""
+    if scratch is not None:
+        return Path(scratch)
+    if "TMPDIR" in os.environ:
+        return Path(tempfile.gettempdir())
+    return beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
+
+
+# -- reading --
 
 
 def _check_layout(path: Path, names: list[str]) -> None:
@@ -282,30 +312,11 @@ def _lay_out_tokenizer(path: Path, folder: Path, files: Mapping[str, str], targe
     return target
 
 
-@contextmanager
-def _naming(path: Path, folder: Path) -> Iterator[None]:
-    """Let errors about a file of the extracted folder name the archive: the folder is gone when the user looks."""
-    try:
-        yield
-    except ValueError as error:
-        if f"{folder}/" not in str(error):
-            raise
-        raise ArchiveError(f"{path}: {str(error).replace(f'{folder}/', '')}") from error
-
-
 def _check_weights(folder: Path) -> None:
     """Refuse damaged weights, and weights that would execute something when loaded."""
     from nemo_opdlm.megatron.safe_metadata import check  # torch.distributed: reading the settings does without
 
     check(folder / WEIGHTS)
-
-
-def _scratch_parent(beside: Path, scratch: str | Path | None) -> Path:
-    if scratch is not None:
-        return Path(scratch)
-    if "TMPDIR" in os.environ:
-        return Path(tempfile.gettempdir())
-    return beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
 
 
 # -- writing --

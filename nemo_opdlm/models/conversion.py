@@ -1,40 +1,37 @@
-"""Hugging Face folder -> ``.nemo`` archive and back; needs Megatron, not NeMo."""
+"""A checkpoint of another kind -> ``.nemo`` archive, and an archive -> Hugging Face folder; needs Megatron, not NeMo."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.convert.hf_folder import check_output_is_free
-from nemo_opdlm.convert.hugging_face import HfImport, HfOrigin, hf_to_megatron, megatron_to_hf
+from nemo_opdlm.convert.hugging_face import HfImport, HfOrigin, megatron_to_hf
 from nemo_opdlm.convert.sdar import check_is_sdar, megatron_to_sdar
 from nemo_opdlm.diffusion.masks import AttentionRule
-from nemo_opdlm.megatron.checkpoint import load_sharded, write_sharded
-from nemo_opdlm.megatron.parallel import ParallelContext, initialize
+from nemo_opdlm.megatron.atomic_folder import on_every_rank
+from nemo_opdlm.megatron.checkpoint import load_sharded, load_whole, write_sharded
+from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 from nemo_opdlm.models.archive_format import (
     Archive,
     ArchiveError,
     check_class,
     check_output,
+    existing,
     make_scratch,
-    open_nemo,
     write_nemo,
 )
+from nemo_opdlm.models.foreign import BLOCK_SIZE, Choices, archive_config, open_checkpoint, open_foreign
+from nemo_opdlm.models.precision import PRECISIONS
 
-#: ``--precision`` -> dtype of the stored weights, under NeMo's names.
-PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 #: Keys of every tensor in an archive start with it.
 PREFIX = "model."
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """The key of ``PRECISIONS`` that an archive says its weights are stored in."""
-    return {value: key for key, value in PRECISIONS.items()}[dtype]
 
 
 def convert_hf_to_nemo(
@@ -43,16 +40,18 @@ def convert_hf_to_nemo(
     *,
     precision: str | None = None,
     mask_token: str | None = None,
-    block_size: int = 4,
+    tokenizer: str | Path | None = None,
+    block_size: int = BLOCK_SIZE,
     overwrite: bool = False,
 ) -> None:
-    """Write a ``.nemo`` archive of a Hugging Face folder (Llama, Qwen2, Qwen3 or SDAR).
+    """Write a ``.nemo`` archive of a Hugging Face folder, or of another checkpoint that ``open_checkpoint`` reads.
 
     Args:
-        source: local folder.
+        source: local folder, or archive of NeMo 1.x.
         output: archive to write.
         precision: a key of ``PRECISIONS``; None keeps the source's.
         mask_token: token that stands for "masked"; None chooses one.
+        tokenizer: folder of the tokenizer; None = the source's own.
         block_size: block size the archive proposes for training; an SDAR folder's own wins.
         overwrite: replace an existing archive.
 
@@ -60,33 +59,25 @@ def convert_hf_to_nemo(
         ValueError, OSError: one line naming the culprit, before anything is written.
     """
     check_output(output, overwrite=overwrite)
-    imported = hf_to_megatron(source, mask_token, PRECISIONS[precision] if precision else None)
-    config = {
-        **asdict(imported.architecture),
-        "precision": precision_name(getattr(torch, imported.origin.dtype)),
-        "opdlm": {
-            "block_size": imported.origin.block_size or block_size,
-            "mask_token_id": imported.origin.mask_token_id,
-        },
-        "origin": imported.origin.as_dict(),
-    }
+    choices = Choices(tokenizer, mask_token, PRECISIONS[precision] if precision else None)
     scratch = make_scratch(output)
     try:
-        write_weights(_network(imported, initialize()), scratch)
-        write_nemo(output, config, scratch, imported.tokenizer_files, overwrite=overwrite)
+        (scratch / "weights").mkdir()
+        with open_foreign(existing(source), choices, scratch) as (imported, _):
+            write_weights(_network(imported, str(source)), scratch / "weights")
+            config = archive_config(imported, block_size)
+            write_nemo(output, config, scratch / "weights", imported.tokenizer_files, overwrite=overwrite)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _network(imported: HfImport, parallel: ParallelContext) -> StagedGPT:
-    dtype = getattr(torch, imported.origin.dtype)
-    model = build_model(
-        imported.architecture, parallel, AttentionRule.CAUSAL, ModelOptions(params_dtype=dtype, initialize=False)
-    )
-    # Layers carry an empty entry for FP8 scales, which a Hugging Face model has not.
-    missing, unexpected = model[0].load_state_dict(imported.state_dict, strict=False)
-    left_out = [name for name in missing if not name.endswith("_extra_state")]
-    assert not left_out and not unexpected, (left_out, unexpected)
+def _network(imported: HfImport, source: str) -> StagedGPT:
+    options = ModelOptions(params_dtype=getattr(torch, imported.origin.dtype), initialize=False)
+    model = build_model(imported.architecture, initialize(), AttentionRule.CAUSAL, options)
+    vocab_size = imported.architecture.vocab_size
+    wanted = model.sharded_weights(PREFIX)
+    state = load_whole(imported.state_dict, wanted, prefix=PREFIX, vocab_size=vocab_size, source=source)
+    model.load_weights(state, PREFIX)
     return model
 
 
@@ -101,8 +92,26 @@ def read_weights(model: StagedGPT, archive: Archive) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    state = load_sharded(archive.weights, model.sharded_weights(PREFIX), vocab_size=model.arch.vocab_size)
+    state = load_archive(archive, model.sharded_weights(PREFIX), model.arch.vocab_size)
     model.load_weights(state, PREFIX)
+
+
+def load_archive(archive: Archive, wanted: dict[str, Any], vocab_size: int, *, strict: bool = True) -> dict[str, Any]:
+    """Load the weights of an archive, or of a checkpoint opened like one, as ``load_sharded`` does; every rank calls this.
+
+    Args:
+        archive: open.
+        wanted: Megatron's sharded state dict, keys start with ``PREFIX``.
+        vocab_size: true rows of the vocabulary.
+        strict: refuse an archive with more tensors than the model.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape or is damaged.
+    """
+    weights, source = archive.weights, str(archive.source)
+    if isinstance(weights, Path):
+        return load_sharded(weights, wanted, strict=strict, vocab_size=vocab_size)
+    return on_every_rank(lambda: load_whole(weights, wanted, prefix=PREFIX, vocab_size=vocab_size, source=source))
 
 
 def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> Architecture:
@@ -121,8 +130,8 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
 
 @contextmanager
 def open_model(path: str | Path) -> Iterator[tuple[StagedGPT, Archive]]:
-    """A network with the weights of an archive in their stored precision, and the open archive."""
-    with open_nemo(path) as archive:
+    """A network with the weights of an archive, or other checkpoint, in their stored precision, and the open archive."""
+    with open_checkpoint(path) as archive:
         check_class(archive)
         arch = archive_architecture(archive, archive.config)
         dtype = PRECISIONS[str(archive.config["precision"])]

@@ -21,10 +21,11 @@ from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import OPDLMSaveRestoreConnector
-from nemo_opdlm.models.conversion import PREFIX, precision_name
+from nemo_opdlm.models.conversion import PREFIX
 from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
+from nemo_opdlm.models.precision import precision_name
 from nemo_opdlm.models.settings import (
     HELDOUT_SAMPLING,
     heldout_settings,

@@ -22,8 +22,9 @@ from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron.teacher import Teacher
-from nemo_opdlm.models.archive_format import Archive, ArchiveError, check_class, open_nemo
+from nemo_opdlm.models.archive_format import Archive, ArchiveError, check_class
 from nemo_opdlm.models.conversion import archive_architecture, read_weights
+from nemo_opdlm.models.foreign import open_checkpoint
 from nemo_opdlm.models.method import SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
 
@@ -75,7 +76,7 @@ def read_inputs(config: Config) -> Inputs:
         ValueError, OSError: one line naming file, row or key.
     """
     path = Path(config.model.restore_from_path or "")
-    with open_nemo(path) as archive:
+    with open_checkpoint(path, config.model.tokenizer.type) as archive:
         check_class(archive)
         arch = archive_architecture(archive, archive.config)
         validate_architecture(config, arch)
@@ -162,7 +163,7 @@ def _model_config(inputs: Inputs) -> DictConfig:
 
 def _teacher(config: Config, model: OPDLMModel) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
-    with open_nemo(str(config.model.teacher_path)) as archive:
+    with open_checkpoint(str(config.model.teacher_path), config.model.tokenizer.type) as archive:
         check_class(archive)
         arch = archive_architecture(archive, archive.config)
         if arch.vocab_size != model.arch.vocab_size:

@@ -18,7 +18,7 @@ from nemo_opdlm.megatron.forward import MicroBatch, forward_only
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.student import HiddenStatesGPT
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.testing import tiny
 
 NUM_NEW_TOKENS = 64
@@ -35,7 +35,7 @@ class Pair:
     def __init__(self, folder: Path, parallel: ParallelContext, dtype: torch.dtype = torch.float32) -> None:
         self.reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.imported: HfImport = hf_to_megatron(folder, dtype=dtype)
-        self.network: HiddenStatesGPT = tiny.load_import(self.imported, parallel, AttentionRule.BLOCK_DIFFUSION)
+        self.network: StagedGPT = tiny.load_import(self.imported, parallel, AttentionRule.BLOCK_DIFFUSION)
 
     @property
     def vocab_size(self) -> int:
