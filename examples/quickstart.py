@@ -213,7 +213,7 @@ def distil(run: Run, config: Config, story: Story) -> dict[str, Any]:
     validation = config.model.data.validation_ds
     num_tokens = validation.num_samples * validation.response_length
     with story.stage("Evaluate before the training"):
-        model = training.restore(training.read_inputs(config))
+        model = training.restore(config)[0]
         bar = RolloutBar("Evaluating", (NUM_ROLLOUTS + 1) * num_tokens)
         before, repeat = compare(model, bar), teacher_repeat_4gram(model, bar)
         checksum = model.heldout.checksum

@@ -90,23 +90,49 @@ class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
         source = self.model_extracted_dir or restore_path
         if return_config:
             return _settings(read_settings(source), override_config_path)
-        with _opened_once(source, _tokenizer_folder(override_config_path)) as archive:
-            check_class(archive, calling_cls.__name__)
-            model = _build(calling_cls, archive, _settings(archive.config, override_config_path), trainer)
-            if map_location is not None:
-                model = model.to(map_location)
-            wanted = model.sharded_state_dict(include_optimizer=False, is_loading=True)
-            model.load_sharded_state(load_archive(archive, wanted, model.vocab_size, strict=strict))
-        logging.info(f"{calling_cls.__name__} was restored from {source}.")
-        return model
+        with opened_once(source, _tokenizer_folder(override_config_path)) as archive:
+            settings = _settings(archive.config, override_config_path)
+            return restore_opened(calling_cls, archive, settings, trainer, map_location, strict)
+
+
+def restore_opened(
+    calling_cls: Any,
+    archive: Archive,
+    settings: DictConfig,
+    trainer: Trainer | None = None,
+    map_location: torch.device | None = None,
+    strict: bool = True,
+) -> Any:
+    """Build a model by ``settings`` and load the weights of an open archive; every rank calls this.
+
+    Raises:
+        ValueError: the archive is refused; one line that names the file.
+    """
+    check_class(archive, calling_cls.__name__)
+    model = _build(calling_cls, archive, settings, trainer)
+    if map_location is not None:
+        model = model.to(map_location)
+    wanted = model.sharded_state_dict(include_optimizer=False, is_loading=True)
+    model.load_sharded_state(load_archive(archive, wanted, model.vocab_size, strict=strict))
+    logging.info(f"{calling_cls.__name__} was restored from {archive.source}.")
+    return model
 
 
 @contextmanager
-def _opened_once(path: str, tokenizer: str | None) -> Iterator[Archive]:
+def opened_once(path: str | Path, tokenizer: str | None) -> Iterator[Archive]:
     """Open a checkpoint on the first rank for all of them: its folder lies where every rank sees it."""
     with ExitStack() as stack:
-        yield on_rank_zero(lambda: stack.enter_context(open_checkpoint(path, tokenizer)))
+        archive = on_rank_zero(lambda: stack.enter_context(open_checkpoint(path, tokenizer)))
+        on_every_rank(lambda: _check_visible(archive))
+        yield archive
         on_every_rank(lambda: None)  # the first rank removes the folder only when all have read it
+
+
+def _check_visible(archive: Archive) -> None:
+    if not archive.folder.exists():
+        raise FileNotFoundError(
+            f"{archive.source} was unpacked to {archive.folder}, which other nodes cannot see: set TMPDIR to a shared folder"
+        )
 
 
 def _tokenizer_folder(override: DictConfig | str | None) -> str | None:

@@ -195,11 +195,20 @@ def check_class(archive: Archive, name: str = MODEL_CLASS) -> None:
     Raises:
         ArchiveError: its `target` is not the class `name`.
     """
-    target = str(archive.config.get("target", ""))
+    check_target(archive.source, archive.config, name)
+
+
+def check_target(source: str | Path | None, config: Mapping[str, Any], name: str = MODEL_CLASS) -> None:
+    """Refuse the settings of another kind of model.
+
+    Raises:
+        ArchiveError: their `target` is not the class `name`.
+    """
+    target = str(config.get("target", ""))
     if target.rsplit(".", 1)[-1] != name:
         kind = f"a model of class {target}" if target else "a model of unknown class (no `target`)"
         raise ArchiveError(
-            f"{archive.source}: {CONFIG} describes {kind}, not {name}: "
+            f"{source}: {CONFIG} describes {kind}, not {name}: "
             "convert the Hugging Face model with examples/convert_hf_to_nemo.py"
         )
 

@@ -1,5 +1,6 @@
 """A run from its checked configuration: archive, prompts, model, teacher, trainer."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,26 @@ from nemo_opdlm.config import (
     PromptFileConfig,
     to_container,
     validate_architecture,
+    validate_layout,
 )
 from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
+from nemo_opdlm.megatron.atomic_folder import on_rank_zero
 from nemo_opdlm.megatron.teacher import Teacher
-from nemo_opdlm.models.archive_format import Archive, ArchiveError, check_class
+from nemo_opdlm.models.archive import opened_once, restore_opened
+from nemo_opdlm.models.archive_format import (
+    Archive,
+    ArchiveError,
+    check_class,
+    check_target,
+    existing,
+    read_archive_config,
+)
 from nemo_opdlm.models.conversion import archive_architecture, read_weights
-from nemo_opdlm.models.foreign import open_checkpoint
+from nemo_opdlm.models.foreign import Kind, recognise
 from nemo_opdlm.models.method import SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
 
@@ -53,11 +64,12 @@ def train(config: Config) -> OPDLMModel:
     Raises:
         ValueError, OSError: bad input; one line, before any work is done.
     """
-    inputs = read_inputs(config)
-    config = inputs.config
+    _check_layout_early(config)
     trainer = _trainer(config)
+    assert isinstance(trainer.strategy, MegatronStrategy)
+    trainer.strategy.start(trainer)
     # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
-    model = restore(inputs, trainer)
+    model, config = restore(config, trainer)
     manager = _named(config)
     try:
         start_experiment(trainer, to_container(manager))
@@ -69,49 +81,68 @@ def train(config: Config) -> OPDLMModel:
     return model
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Read archive settings, tokenizer and prompts.
+def restore(config: Config, trainer: Trainer | None = None) -> tuple[OPDLMModel, Config]:
+    """The student with its weights, prompts and teacher, and the configuration with the archive's settings filled in.
+
+    Each checkpoint is opened once, by the first rank. All of them are checked before a model is built.
 
     Raises:
         ValueError, OSError: one line naming file, row or key.
     """
-    path = Path(config.model.restore_from_path or "")
-    with open_checkpoint(path, config.model.tokenizer.type) as archive:
-        check_class(archive)
-        arch = archive_architecture(archive, archive.config)
-        validate_architecture(config, arch)
-        config = _with_archive(config, archive, arch)
-        tokenizer_type = config.model.tokenizer.type
-        folder = Path(tokenizer_type) if tokenizer_type else archive.tokenizer
-        if folder is None:
-            raise ArchiveError(f"{path}: the archive holds no tokenizer: set model.tokenizer.type to a folder")
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.tokenizer.trust_remote_code)
-        data, origin = config.model.data, dict(archive.config.get("origin") or {})
-        opdlm = config.model.opdlm
-        assert opdlm.mask_token_id is not None
-        tokens = SpecialTokens.read(
-            tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin
+    model = config.model
+    student_path, teacher_path = str(model.restore_from_path), str(model.teacher_path)
+    with ExitStack() as stack:
+        archive = stack.enter_context(opened_once(student_path, model.tokenizer.type))
+        teacher_archive = archive
+        if teacher_path != student_path:
+            teacher_archive = stack.enter_context(opened_once(teacher_path, model.tokenizer.type))
+        inputs = on_rank_zero(lambda: _read_inputs(config, archive, teacher_archive))
+        student: OPDLMModel = restore_opened(OPDLMModel, archive, _model_config(inputs), trainer)
+        if inputs.train is not None or inputs.heldout is not None:
+            student.use_prompts(inputs.tokens, inputs.train, inputs.heldout)
+        if model.opdlm.needs_teacher or inputs.heldout is not None:
+            student.use_teacher(_teacher(inputs.config, student, teacher_archive))
+    return student, inputs.config
+
+
+def _check_layout_early(config: Config) -> None:
+    """Check the layout before processes are started: our archives tell what they hold without being unpacked."""
+    for path in (config.model.restore_from_path, config.model.teacher_path):
+        if recognise(existing(str(path))) is Kind.OURS:
+            settings = read_archive_config(str(path))
+            check_target(path, settings)
+            validate_layout(config, archive_architecture(Path(str(path)), settings), path)
+
+
+def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
+    """Read settings, tokenizer and prompts, and check the layout against both networks."""
+    check_class(archive)
+    arch = archive_architecture(archive, archive.config)
+    validate_architecture(config, arch)
+    _check_teacher(config, arch, teacher)
+    config = _with_archive(config, archive, arch)
+    tokenizer_type = config.model.tokenizer.type
+    folder = Path(tokenizer_type) if tokenizer_type else archive.tokenizer
+    if folder is None:
+        raise ArchiveError(f"{archive.source}: the archive holds no tokenizer: set model.tokenizer.type to a folder")
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.tokenizer.trust_remote_code)
+    data, origin = config.model.data, dict(archive.config.get("origin") or {})
+    opdlm = config.model.opdlm
+    assert opdlm.mask_token_id is not None
+    tokens = SpecialTokens.read(tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin)
+    train_prompts = _prompts(data.train_ds, tokenizer, tokens)
+    return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
+
+
+def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:
+    check_class(archive)
+    arch = archive_architecture(archive, archive.config)
+    if arch.vocab_size != student.vocab_size:
+        raise ArchiveError(
+            f"{archive.source}: the teacher has {arch.vocab_size} vocabulary rows, the student {student.vocab_size}: they "
+            "must have the same vocabulary"
         )
-        train_prompts = _prompts(data.train_ds, tokenizer, tokens)
-        return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
-
-
-def restore(inputs: Inputs, trainer: Trainer | None = None) -> OPDLMModel:
-    """The student with the archive's weights, its prompts and its teacher."""
-    config = inputs.config
-    if trainer is not None:
-        assert isinstance(trainer.strategy, MegatronStrategy)
-        trainer.strategy.start(trainer)
-    model: OPDLMModel = OPDLMModel.restore_from(
-        str(config.model.restore_from_path),
-        override_config_path=_model_config(inputs),
-        trainer=trainer,
-    )
-    if inputs.train is not None or inputs.heldout is not None:
-        model.use_prompts(inputs.tokens, inputs.train, inputs.heldout)
-    if config.model.opdlm.needs_teacher or inputs.heldout is not None:
-        model.use_teacher(_teacher(config, model))
-    return model
+    validate_layout(config, arch, config.model.teacher_path)
 
 
 def _named(config: Config) -> ExpManagerConfig:
@@ -161,19 +192,12 @@ def _model_config(inputs: Inputs) -> DictConfig:
     return OmegaConf.create(section)
 
 
-def _teacher(config: Config, model: OPDLMModel) -> Teacher:
+def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
-    with open_checkpoint(str(config.model.teacher_path), config.model.tokenizer.type) as archive:
-        check_class(archive)
-        arch = archive_architecture(archive, archive.config)
-        if arch.vocab_size != model.arch.vocab_size:
-            raise ArchiveError(
-                f"{archive.source}: the teacher has {arch.vocab_size} vocabulary rows, the student "
-                f"{model.arch.vocab_size}: they must have the same vocabulary"
-            )
-        teacher = Teacher(arch, model.parallel, model.options, max(config.model.micro_batch_size, 8))
-        read_weights(teacher.network, archive)
-        return teacher
+    arch = archive_architecture(archive, archive.config)
+    teacher = Teacher(arch, model.parallel, model.options, max(config.model.micro_batch_size, 8))
+    read_weights(teacher.network, archive)
+    return teacher
 
 
 def _trainer(config: Config) -> Trainer:
@@ -184,6 +208,7 @@ def _trainer(config: Config) -> Trainer:
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         seed=model.seed,
+        timeout_minutes=model.distributed_timeout_minutes,
     )
     # Consumed elsewhere: precision by the model, clipping by Megatron's optimizer.
     settings = {
