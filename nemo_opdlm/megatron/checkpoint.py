@@ -4,18 +4,15 @@ The format and the sharding are those of `megatron.core.dist_checkpointing`. Its
 called: the first starts helper processes that import the running script again, the second unpickles what it finds.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_outplace,
-    extract_matching_values,
     merge,
     nested_values,
 )
@@ -27,10 +24,9 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     apply_factory_merges,
 )
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    MCoreSavePlanner,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
@@ -40,13 +36,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from nemo_opdlm.megatron.atomic_folder import on_every_rank, on_rank_zero, replacing
-from nemo_opdlm.megatron.safe_metadata import COMMON, CONFIG, check, is_extra_state, load_common
+from nemo_opdlm.megatron.atomic_folder import on_every_rank, replacing
+from nemo_opdlm.megatron.safe_metadata import check, is_extra_state, load_common
+from nemo_opdlm.megatron.sharded_write import ShardedWrite, one_line_cause
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +66,9 @@ def write_sharded(directory: Path, sharded_state_dict: ShardedStateDict) -> None
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
-    structure, _ = extract_matching_values(sharded_state_dict, lambda _: True)
-    sharded, common = save_preprocess(structure)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    try:
-        save(mcore_to_pyt_state_dict(by_key), storage_writer=_Writer(directory), planner=planner)
-        on_rank_zero(lambda: _write_plain_files(directory, common))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        cause = _first_cause(error)
-        raise OSError(f"cannot write the checkpoint in {directory.parent}: {_one_line(cause)}") from error
+    writing = ShardedWrite(directory, sharded_state_dict)
+    writing.write()
+    writing.finish()
 
 
 def load_sharded(
@@ -180,13 +169,6 @@ def _fill(part: ShardedTensor, whole: Tensor, vocab_size: int, what: str) -> Ten
     return part.data
 
 
-class _Writer(FileSystemWriter):
-    """Leaves the path of the checkpoint, which means nothing elsewhere, out of its index."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
 class _CheckedReader(FileSystemReader):
     """Uses the index that was checked instead of unpickling the file again."""
 
@@ -203,12 +185,6 @@ class _TensorPlanner(MCoreLoadPlanner):  # type: ignore[misc]
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise AssertionError(f"byte entry {read_item.dest_index.fqn!r} was requested")
-
-
-def _write_plain_files(directory: Path, common: dict[str, Any]) -> None:
-    torch.save(common, directory / COMMON)
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (directory / CONFIG).write_text(json.dumps({**config, "common_backend": "torch", "common_backend_version": 1}))
 
 
 def _without_extra_state(value: Any) -> Any:
@@ -230,7 +206,7 @@ def _read_tensors(directory: Path, metadata: Metadata, wanted: ShardedStateDict)
     try:
         load(state, storage_reader=_CheckedReader(directory, metadata), planner=planner)
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{directory} is damaged: {_one_line(_first_cause(error))}") from error
+        raise ValueError(f"{directory} is damaged: {one_line_cause(error)}") from error
     loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
     nested = _replace_sharded_keys_with_state_dict_keys(loaded, structure, names)
     _restore_dict_types(nested, wanted)
@@ -267,16 +243,3 @@ def _report_unused(directory: Path, metadata: Metadata, wanted: ShardedStateDict
     if strict:
         raise ValueError(problem)
     logger.warning(problem)
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,178 @@
+"""Writing a distributed checkpoint in three steps: plan with all ranks, write alone, finish with all ranks.
+
+Only the middle step takes long, and it needs neither the other ranks nor the live tensors, if these were copied: then
+it may run on another thread while training goes on. A save that waits takes the same steps one after the other, so
+both kinds leave the same files.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from nemo_opdlm.megatron.atomic_folder import on_every_rank
+from nemo_opdlm.megatron.safe_metadata import COMMON, CONFIG
+
+
+class ShardedWrite:
+    """A distributed checkpoint on its way into an empty folder; every rank makes one, which plans the writing.
+
+    Args:
+        directory: the folder.
+        sharded_state_dict: as Megatron's `sharded_state_dict()` gives it.
+        copy: copy everything to host memory now, so that `write` may run while the tensors change.
+        write_beside: writes further files into the folder, after the tensors and on the first rank only.
+
+    Raises:
+        OSError: the folder cannot be written to, or there is no memory for the copies.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        sharded_state_dict: ShardedStateDict,
+        *,
+        copy: bool = False,
+        write_beside: Callable[[], None] | None = None,
+    ) -> None:
+        structure, _ = extract_matching_values(sharded_state_dict, lambda _: True)
+        sharded, common = save_preprocess(structure)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        self._directory = directory
+        self._common = dict_list_map_outplace(_copied, common) if copy else common
+        self._write_beside = write_beside
+        self._results: list[WriteResult] = []
+        self._error: BaseException | None = RuntimeError("its files were not written")
+        self._writer = _CopiesWriter(directory) if copy else _Writer(directory)
+        self._planner = _CopyingPlanner() if copy else _Planner()
+        with _one_line_errors(directory):
+            state = mcore_to_pyt_state_dict(by_key)
+            (_, self._metadata, self._ranks), self._plan, *_ = save_state_dict_async_plan(
+                state, self._writer, planner=self._planner
+            )
+            if isinstance(self._planner, _CopyingPlanner):
+                planner = self._planner
+                on_every_rank(lambda: planner.copy(self._plan))
+
+    def write(self) -> None:
+        """Write this rank's files; it talks to no other rank. What goes wrong is raised by `finish`, on every rank."""
+        try:
+            self._results = self._writer.write_data(self._plan, self._planner).wait()
+            if self._ranks.is_coordinator:
+                self._write_plain_files()
+            self._error = None
+        except BaseException as error:
+            self._error = error
+
+    def cancel(self) -> None:
+        """Let a `write` on another thread end at the next tensor; the folder never becomes a checkpoint."""
+        if isinstance(self._planner, _CopyingPlanner):
+            self._planner.drop()
+
+    def finish(self) -> None:
+        """Write the index once every rank has written; every rank calls this.
+
+        Raises:
+            OSError: one of them could not write; one line that names the folder of the checkpoint.
+        """
+        with _one_line_errors(self._directory):
+            self._ranks.all_reduce("write", self._written, self._write_index)
+
+    def _written(self) -> list[WriteResult]:
+        if self._error is not None:
+            raise self._error
+        return self._results
+
+    def _write_index(self, results: list[list[WriteResult]]) -> None:
+        self._writer.finish(self._metadata, results)
+
+    def _write_plain_files(self) -> None:
+        torch.save(self._common, self._directory / COMMON)
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        config |= {"common_backend": "torch", "common_backend_version": 1}
+        (self._directory / CONFIG).write_text(json.dumps(config))
+        if self._write_beside is not None:
+            self._write_beside()
+
+
+def one_line_cause(error: BaseException) -> str:
+    """What went wrong first, on whichever rank, without the pages that torch adds."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _one_line_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise OSError(f"cannot write the checkpoint in {directory.parent}: {one_line_cause(error)}") from error
+
+
+class _Writer(FileSystemWriter):
+    """Torch's writer, as Megatron's planning calls it."""
+
+    def storage_meta(self) -> StorageMeta:
+        # The path of the checkpoint, which means nothing elsewhere, is left out of its index.
+        return StorageMeta()
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Nothing: Megatron's own writer copies to the host here; ours writes from the tensors or copies apart."""
+
+
+class _CopiesWriter(_Writer):
+    """Writes tensors that lie in host memory already."""
+
+    def __init__(self, directory: Path) -> None:
+        # Copying ahead takes a CUDA stream, and on a new thread that is one of GPU 0: every rank would open a context there.
+        super().__init__(directory, per_thread_copy_ahead=0)
+
+
+class _Planner(MCoreSavePlanner):  # type: ignore[misc]
+    """Megatron's planner with the options of its own `save`."""
+
+    def __init__(self) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+
+
+class _CopyingPlanner(_Planner):
+    """Gives the writer copies made at one moment; each can be had once, so memory is freed as files grow."""
+
+    def copy(self, plan: SavePlan) -> None:
+        resolve = super().resolve_data
+        self._copies = {item.index: _copied(resolve(item)) for item in plan.items}
+        # What was gathered for this save alone is not kept until it is written.
+        self.state_dict = {}
+
+    def drop(self) -> None:
+        self._copies = {}
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._copies.pop(write_item.index)
+
+
+def _copied(value: Any) -> Any:
+    """A tensor's copy in host memory. Byte entries were made for this save and are nobody else's."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
