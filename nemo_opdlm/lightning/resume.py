@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.callbacks import MetricsFile
 from nemo_opdlm.lightning.loops import ExactResumeLoop
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
@@ -39,6 +40,7 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _name_like_files(callback)
+            _save_as_the_strategy_does(trainer, callback)
     trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
@@ -77,6 +79,13 @@ def _mark(folder: Path) -> Path:
 
 def _step(folder: Path) -> tuple[int, float]:
     return int(load_trainer_state(folder)["global_step"]), folder.stat().st_mtime
+
+
+def _save_as_the_strategy_does(trainer: Trainer, callback: ModelCheckpoint) -> None:
+    if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+        from nemo_opdlm.lightning.async_model_checkpoint import AsyncModelCheckpoint
+
+        AsyncModelCheckpoint.take_over(callback)
 
 
 def _name_like_files(callback: ModelCheckpoint) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.checkpoint_io import SHARDED_STATE, MegatronCheckpointIO
 from nemo_opdlm.megatron import parallel
 from nemo_opdlm.megatron.parallel import ParallelContext
@@ -60,6 +61,7 @@ class MegatronStrategy(DDPStrategy):
         context_parallel_size: Megatron's CP.
         seed: of Megatron's random states.
         timeout_minutes: of collective operations.
+        async_save: write checkpoints while training goes on (`AsyncCheckpointIO`).
 
     Attributes:
         parallel: this process's place in the layout, once `setup_environment` has run.
@@ -73,8 +75,10 @@ class MegatronStrategy(DDPStrategy):
         context_parallel_size: int = 1,
         seed: int = 1234,
         timeout_minutes: float = 30,
+        async_save: bool = False,
     ) -> None:
-        super().__init__(checkpoint_io=MegatronCheckpointIO(), timeout=timedelta(minutes=timeout_minutes))
+        checkpoint_io = AsyncCheckpointIO() if async_save else MegatronCheckpointIO()
+        super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(minutes=timeout_minutes))
         self.parallel: ParallelContext | None = None
         self._layout = {
             "tensor_model_parallel_size": tensor_model_parallel_size,
@@ -176,7 +180,7 @@ class MegatronStrategy(DDPStrategy):
         Args:
             checkpoint: what `Trainer.save_checkpoint` collected.
             filepath: its name, with or without `.ckpt`.
-            storage_options: `include_optimizer: False` leaves the optimizer out.
+            storage_options: `include_optimizer: False` leaves the optimizer out; the rest is the checkpoint IO's.
         """
         state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "hparams_type")}
         # Before the first step there are no moments: Megatron cannot load an optimizer without them.
@@ -190,7 +194,7 @@ class MegatronStrategy(DDPStrategy):
         # Else a resumed run would know no val_loss, and name its checkpoints val_loss=0, until it validates again.
         state[_LOGGED] = dict(self._trainer.callback_metrics)
         state[SHARDED_STATE] = self._sharded_module.sharded_state_dict(include_optimizer)
-        self.checkpoint_io.save_checkpoint(state, filepath)
+        self.checkpoint_io.save_checkpoint(state, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Any, load_optimizer_states: bool = True) -> dict[str, Any]:

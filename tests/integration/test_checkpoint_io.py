@@ -1,7 +1,6 @@
 """Checkpoints and resuming of a tiny model: nothing is lost, nothing executed, nothing half overwritten."""
 
 import io
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,21 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from megatron.core import dist_checkpointing
-from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_opdlm.lightning.callbacks import StepProgressBar
-from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.megatron import atomic_folder
 from nemo_opdlm.megatron.checkpoint import load_sharded, save_sharded
 from tests.integration.toy_model import (
-    Killed,
     Touch,
     ToyModel,
     disk_full_after,
     make_model,
-    make_trainer,
     same,
     train,
     weights,
 )
+from tests.integration.toy_runs import checkpoints, fit, last_steps, metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,62 +167,6 @@ def test_process_killed_while_replacing_a_checkpoint_loses_nothing(tmp_path: Pat
 
 
 # -- training --
-
-
-def experiment(folder: Path, **changes: Any) -> DictConfig:
-    checkpoints = {
-        "monitor": "val_loss",
-        "save_top_k": 2,
-        "filename": "toy--{val_loss:.4f}-{step}",
-        "save_nemo_on_train_end": False,
-        **changes,
-    }
-    return OmegaConf.create(
-        {
-            "explicit_log_dir": str(folder),
-            "resume_if_exists": True,
-            "resume_ignore_no_checkpoint": True,
-            "create_tensorboard_logger": False,
-            "log_step_timing": False,
-            "seconds_to_sleep": 0,
-            "checkpoint_callback_params": checkpoints,
-        }
-    )
-
-
-def fit(
-    folder: Path,
-    max_steps: int,
-    *,
-    killed_before: int | None = None,
-    updates_per_epoch: int = 1000,
-    callbacks: list[Callback] | None = None,
-    trainer_changes: dict[str, Any] | None = None,
-    **changes: Any,
-) -> ToyModel:
-    """Start the same command (again)."""
-    model = make_model(stop_before_step=killed_before, updates_per_epoch=updates_per_epoch)
-    trainer = make_trainer(max_steps, callbacks=callbacks or [], **(trainer_changes or {}))
-    start_experiment(trainer, experiment(folder, **changes))
-    if killed_before is None:
-        trainer.fit(model)
-        assert trainer.global_step == max_steps
-    else:
-        with pytest.raises(Killed):
-            trainer.fit(model)
-    return model
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def last_steps(folder: Path) -> list[str]:
-    return [name.split("step=")[1] for name in checkpoints(folder) if name.endswith("-last")]
 
 
 @pytest.mark.parametrize("when", [{}, {"every_n_train_steps": 3, "every_n_epochs": None}])

@@ -176,7 +176,9 @@ def make_model(**changes: Any) -> ToyModel:
     return ToyModel(OmegaConf.create({**CONFIG, **changes}))
 
 
-def make_trainer(max_steps: int, tensor_model_parallel_size: int = 1, **changes: Any) -> Trainer:
+def make_trainer(
+    max_steps: int, tensor_model_parallel_size: int = 1, async_save: bool = False, **changes: Any
+) -> Trainer:
     settings = {
         "accelerator": "cpu",
         "devices": 1,
@@ -189,7 +191,7 @@ def make_trainer(max_steps: int, tensor_model_parallel_size: int = 1, **changes:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
     }
-    strategy = MegatronStrategy(tensor_model_parallel_size=tensor_model_parallel_size)
+    strategy = MegatronStrategy(tensor_model_parallel_size=tensor_model_parallel_size, async_save=async_save)
     return Trainer(strategy=strategy, **{**settings, **changes})
 
 
