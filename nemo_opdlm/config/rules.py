@@ -81,7 +81,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "trainer.accumulate_grad_batches": (1, "model.global_batch_size and model.micro_batch_size decide"),
     "exp_manager.ema.enable": (False, "NeMo's EMA does not know Megatron's optimizer"),
     "exp_manager.checkpoint_callback_params.save_weights_only": (False, "a run resumes with its optimizer"),
-    "exp_manager.checkpoint_callback_params.async_save": (False, "NeMo's version does not run with Megatron-core"),
+    "exp_manager.checkpoint_callback_params.async_save": (
+        False,
+        "NeMo's version does not run with Megatron-core; set model.dist_ckpt_async_save=True",
+    ),
     "model.optim.sched.constant_steps": (0, "Megatron's schedule decays right after the warm-up"),
 }
 

@@ -189,6 +189,10 @@ class ModelConfig:
         fp8 ... num_layers_at_end_in_bf16: Transformer Engine's FP8, under NeMo's names.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.
         mcore_customization_config: further fields of Megatron's TransformerConfig.
+        dist_ckpt_async_save: write checkpoints while training goes on: it stops only to copy weights and optimizer to
+            host memory, which must have room for two copies (a best and a last checkpoint), and a checkpoint is there,
+            whole, some updates later. If several ranks train and one fails meanwhile, the run resumes from the
+            checkpoint before.
     """
 
     restore_from_path: str | None = None
@@ -241,6 +245,8 @@ class ModelConfig:
     activations_checkpoint_method: Literal["uniform", "block"] | None = None
     activations_checkpoint_num_layers: int | None = None
     mcore_customization_config: dict[str, Any] = field(default_factory=dict)
+
+    dist_ckpt_async_save: bool = False
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

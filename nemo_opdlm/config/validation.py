@@ -232,6 +232,11 @@ def _exp_manager(config: Config) -> None:
             f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1; use "
             "False: save_nemo_on_train_end writes the .nemo file once, in every layout"
         )
+    if config.model.dist_ckpt_async_save and params.save_last_n_optim_states >= 0:
+        raise ValueError(
+            f"{key}.save_last_n_optim_states={params.save_last_n_optim_states} contradicts "
+            "model.dist_ckpt_async_save=True: optimizer states are dropped from checkpoints that must be there at once"
+        )
     intervals = {
         name: getattr(params, name)
         for name in ("every_n_epochs", "every_n_train_steps", "train_time_interval")

@@ -209,6 +209,7 @@ def _trainer(config: Config) -> Trainer:
         context_parallel_size=model.context_parallel_size,
         seed=model.seed,
         timeout_minutes=model.distributed_timeout_minutes,
+        async_save=model.dist_ckpt_async_save,
     )
     # Consumed elsewhere: precision by the model, clipping by Megatron's optimizer.
     settings = {

@@ -71,20 +71,28 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(archive: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def uninterrupted(
+    archive: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """State and metrics of a run of 6 updates in one go."""
     log_dir = tmp_path_factory.mktemp("uninterrupted")
     model = run(log_dir, *QUICKSTART, archive, "trainer.max_steps=6")
     return everything(model), read_metrics(log_dir)
 
 
+@pytest.mark.parametrize("async_save", [False, True], ids=["waiting", "async"])
 @pytest.mark.parametrize("first_leg", [3, 4])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    first_leg: int, uninterrupted: tuple[dict[str, Any], list[dict[str, Any]]], archive: str, tmp_path: Path
+    first_leg: int,
+    async_save: bool,
+    uninterrupted: tuple[dict[str, Any], list[dict[str, Any]]],
+    archive: str,
+    tmp_path: Path,
 ) -> None:
     """After 3 updates the second rollout batch is half used, after 4 a new one is due."""
-    run(tmp_path, *QUICKSTART, archive, f"trainer.max_steps={first_leg}")
-    resumed = run(tmp_path, *QUICKSTART, archive, "trainer.max_steps=6")
+    overrides = (*QUICKSTART, archive, f"model.dist_ckpt_async_save={async_save}")
+    run(tmp_path, *overrides, f"trainer.max_steps={first_leg}")
+    resumed = run(tmp_path, *overrides, "trainer.max_steps=6")
     state, rows = uninterrupted
     moments = [name for name in state if name.startswith("moments.")]
     assert len(moments) >= 2 * len(list(resumed.model.parameters()))

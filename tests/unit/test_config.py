@@ -249,7 +249,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("trainer.logger", True, "exp_manager"),
     ("trainer.accumulate_grad_batches", 2, "model.global_batch_size"),
     ("exp_manager.ema.enable", True, "Megatron's optimizer"),
-    ("exp_manager.checkpoint_callback_params.async_save", True, "must be False"),
+    ("exp_manager.checkpoint_callback_params.async_save", True, "set model.dist_ckpt_async_save=True"),
     ("exp_manager.checkpoint_callback_params.monitor", None, "'val_loss'"),
     ("model.optim.sched.constant_steps", 5, "must be 0"),
     ("model.opdlm.block_grid", "response", "not available"),
@@ -311,6 +311,13 @@ def test_a_bad_value_is_one_line_with_key_value_and_rule(
         (
             {"model.opdlm.state_selection": "all_states", "model.opdlm.states_per_rollout": 2},
             "model.opdlm.states_per_rollout=2 contradicts state_selection='all_states'",
+        ),
+        (
+            {
+                "model.dist_ckpt_async_save": True,
+                "exp_manager.checkpoint_callback_params.save_last_n_optim_states": 2,
+            },
+            "save_last_n_optim_states=2 contradicts model.dist_ckpt_async_save=True",
         ),
         ({"model.fp8": True, "model.fp8_hybrid": True, "model.fp8_e4m3": True}, "model.fp8=True needs one of"),
         (
