@@ -33,10 +33,11 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     from nemo.utils.exp_manager import exp_manager
 
     folder = checkpoint_directory(config)
-    if trainer.is_global_zero and folder.is_dir():
-        atomic_folder.settle(folder)
-        keep_one_last(folder)
-    log_dir = exp_manager(trainer, config)
+    atomic_folder.on_rank_zero(lambda: _tidy(folder))
+    # The first rank first: it moves the files of an earlier run away, which the others would find half moved.
+    log_dir = atomic_folder.on_rank_zero(lambda: exp_manager(trainer, config))
+    if not trainer.is_global_zero:
+        exp_manager(trainer, config)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _name_like_files(callback)
@@ -45,6 +46,12 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
     return Path(log_dir)
+
+
+def _tidy(folder: Path) -> None:
+    if folder.is_dir():
+        atomic_folder.settle(folder)
+        keep_one_last(folder)
 
 
 def checkpoint_directory(config: Mapping[str, Any]) -> Path:

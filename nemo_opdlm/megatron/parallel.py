@@ -134,6 +134,7 @@ def initialize(
             pipeline_model_parallel_size=wanted[1],
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
             context_parallel_size=wanted[2],
+            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
         )
     if wants_cpu():
         # The tracker's fork is a no-op on CPU: dropout must be 0, which the schema enforces.

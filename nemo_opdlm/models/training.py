@@ -24,6 +24,7 @@ from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
+from nemo_opdlm.megatron.failure import shared_failures
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import opened_once, restore_opened
 from nemo_opdlm.models.archive_format import (
@@ -63,21 +64,23 @@ def train(config: Config) -> OPDLMModel:
 
     Raises:
         ValueError, OSError: bad input; one line, before any work is done.
+        RankFailure: another rank failed.
     """
     _check_layout_early(config)
     trainer = _trainer(config)
     assert isinstance(trainer.strategy, MegatronStrategy)
     trainer.strategy.start(trainer)
-    # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
-    model, config = restore(config, trainer)
-    manager = _named(config)
-    try:
-        start_experiment(trainer, to_container(manager))
-    except OSError as error:
-        folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
-        raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
-    logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
-    trainer.fit(model)
+    with shared_failures():
+        # Weights are read before anything is written: an archive that does not fit leaves the log folder as it is.
+        model, config = restore(config, trainer)
+        manager = _named(config)
+        try:
+            start_experiment(trainer, to_container(manager))
+        except OSError as error:
+            folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
+            raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
+        logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
+        trainer.fit(model)
     return model
 
 
