@@ -167,8 +167,11 @@ class AttentionContext:
         key = TokenAttributes.unstack(gather_sequence(stacked, self._split_group))
         cos, sin = cos_sin(self.inv_freq.to(stacked.device), query.position_ids.transpose(0, 1))
 
+        # Comparing narrow integers takes half the time.
+        narrow_query, narrow_key = (x.map(lambda x: x.to(torch.int32)) for x in (query, key))
+
         def mask_of(start: int, stop: int) -> Tensor:
-            return dense(rule, query.map(lambda x: x[:, start:stop]), key)
+            return dense(rule, narrow_query.map(lambda x: x[:, start:stop]), narrow_key)
 
         num_queries, num_keys = query.position_ids.shape[1], key.position_ids.numel()
         is_short = self._split_group is None and num_queries * num_keys <= DENSE_ELEMENTS

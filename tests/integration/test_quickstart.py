@@ -98,7 +98,7 @@ def test_the_exported_student_is_a_model_for_transformers(folder: Path, glassllm
     original = AutoModelForCausalLM.from_pretrained(glassllm_folder)
     assert not torch.equal(exported.get_input_embeddings().weight, original.get_input_embeddings().weight)
     with open_model(folder / "student.nemo") as (network, _):
-        assert torch.equal(exported.get_input_embeddings().weight, network.embedding.word_embeddings.weight)
+        assert torch.equal(exported.get_input_embeddings().weight, network[0].embedding.word_embeddings.weight)
     assert AutoTokenizer.from_pretrained(folder / "hf").decode([300]) != ""
 
 

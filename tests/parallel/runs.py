@@ -188,6 +188,11 @@ def train(
     return Outcome(metrics, [trajectory.state_dict() for trajectory in run.rollouts], plain)
 
 
+def train_by_name(archive: str, layout: Layout, num_updates: int, options: dict[str, Any]) -> Outcome:
+    """`train` with options by name."""
+    return train(archive, layout, num_updates, **options)
+
+
 def read_gradients(archive: str, folder: Path) -> dict[str, Tensor]:
     """Gradients that any layout has written, whole and by name; one process calls this."""
     parallel.destroy()
@@ -197,10 +202,3 @@ def read_gradients(archive: str, folder: Path) -> dict[str, Tensor]:
     network = build_model(arch, context, AttentionRule.CAUSAL, model_options(configure(archive, Layout()).model, "32"))
     state = load_sharded(folder, network.sharded_weights(PREFIX), vocab_size=arch.vocab_size)
     return {name: value for name, value in state["chunk0"].items() if isinstance(value, Tensor)}
-
-
-def weights(archive: str, layout: Layout) -> dict[str, Tensor]:
-    """Parameters that a rank of a layout reads from an archive."""
-    return {name: value.detach().clone() for name, value in build(archive, layout).student.model.named_parameters()}
-
-

@@ -1,0 +1,107 @@
+"""Longer runs: on recorded rollouts the curve does not depend on the layout, nor on a change of layout in the middle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_opdlm.testing.ranks import Ranks
+from tests.parallel import runs
+from tests.parallel.runs import Layout, Outcome
+
+NUM_UPDATES = runs.MAX_STEPS
+#: After three of four updates: in the middle of a rollout batch.
+CUT = 3
+LAYOUTS = {
+    "1": (1, Layout()),
+    "TP2": (2, Layout(tensor=2)),
+    "TP2+SP": (2, Layout(tensor=2, sequence=True)),
+    "PP2": (2, Layout(pipeline=2)),
+    "VPP2": (2, Layout(pipeline=2, virtual=2)),
+    "CP2": (2, Layout(context=2)),
+    "DP2": (2, Layout()),
+    "TP2xPP2": (4, Layout(tensor=2, pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(glassllm: str) -> Outcome:
+    """One process's uninterrupted run."""
+    return runs.train(glassllm, Layout(), NUM_UPDATES)
+
+
+class Fleet:
+    """Runs a function in any layout, in as many processes as it needs."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.request = request
+
+    def train(self, name: str, *args: Any, **kwargs: Any) -> list[Outcome]:
+        num_ranks, layout = LAYOUTS[name]
+        if num_ranks == 1:
+            return [runs.train(args[0], layout, *args[1:], **kwargs)]
+        ranks: Ranks = self.request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[num_ranks])
+        return ranks.run(runs.train_by_name, args[0], layout, *args[1:], kwargs)
+
+
+@pytest.fixture
+def fleet(request: pytest.FixtureRequest) -> Fleet:
+    return Fleet(request)
+
+
+def assert_same_curve(found: Outcome, expected: list[dict[str, float]], tolerance: float) -> None:
+    assert len(found.metrics) == len(expected)
+    for ours, theirs in zip(found.metrics, expected, strict=True):
+        for key in ("train/loss", "train/kl", "train/grad_norm", "train/lr"):
+            assert ours[key] == pytest.approx(theirs[key], rel=tolerance), key
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1"])
+def test_recorded_rollouts_give_the_same_curve_in_every_layout(
+    name: str, recorded: Outcome, glassllm: str, fleet: Fleet
+) -> None:
+    for outcome in fleet.train(name, glassllm, NUM_UPDATES, replayed=recorded.rollouts):
+        assert_same_curve(outcome, recorded.metrics, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("1", "TP2"),
+        ("TP2", "1"),
+        ("TP2", "PP2"),
+        ("PP2", "TP2xPP2"),
+        ("TP2xPP2", "TP2"),
+        ("1", "DP2"),
+        ("DP2", "1"),
+        ("CP2", "VPP2"),
+        ("VPP2", "CP2"),
+    ],
+)
+def test_a_checkpoint_of_one_layout_continues_its_curve_in_another(
+    before: str, after: str, recorded: Outcome, glassllm: str, fleet: Fleet, tmp_path: Path
+) -> None:
+    """The unfinished rollout batch comes from the checkpoint, the next ones from the recording."""
+    folder = str(tmp_path / "checkpoint")
+    first = fleet.train(before, glassllm, CUT, replayed=recorded.rollouts, save_to=folder)
+    assert_same_curve(first[0], recorded.metrics[:CUT], 1e-4)
+    resume = (folder, first[0].plain)
+    for outcome in fleet.train(after, glassllm, 8, replayed=recorded.rollouts, resume_from=resume):
+        assert_same_curve(outcome, recorded.metrics[CUT:8], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "CP2", "DP2", "TP2xPP2"])
+def test_a_run_resumed_in_its_own_layout_is_bitwise_the_uninterrupted_one(
+    name: str, glassllm: str, fleet: Fleet, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    whole = fleet.train(name, glassllm, 6)
+    first = fleet.train(name, glassllm, CUT, save_to=folder)
+    for outcome, expected in zip(
+        fleet.train(name, glassllm, 6, resume_from=(folder, first[0].plain)), whole, strict=True
+    ):
+        assert without_times(outcome.metrics) == without_times(expected.metrics[CUT:])
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
