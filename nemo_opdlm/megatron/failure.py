@@ -13,7 +13,7 @@ _KEY = "nemo_opdlm/failure"
 _PATIENCE = timedelta(seconds=5)
 
 
-class RankFailure(RuntimeError):
+class RankFailure(ConnectionError):
     """Another rank failed; the message says which and why."""
 
 
@@ -29,26 +29,26 @@ def shared_failures() -> Iterator[None]:
         return
     try:
         yield
-    except RuntimeError as error:
-        told = _told() if _is_of_communication(error) else None
-        if told is not None:
-            raise RankFailure(told) from error
-        _tell(error)
-        raise
     except Exception as error:
-        _tell(error)
-        raise
+        if not _is_of_communication(error):
+            _tell(f"rank {dist.get_rank()} failed: {type(error).__name__}: {_first_line(error)}")
+            raise
+        silent = f"another rank died, or did not come within model.distributed_timeout_minutes: {_first_line(error)}"
+        raise RankFailure(_told() or silent) from error
 
 
-def _is_of_communication(error: RuntimeError) -> bool:
+def _is_of_communication(error: Exception) -> bool:
     """Whether it comes from a collective operation. Gloo raises plain RuntimeErrors, NCCL those of `torch.distributed`."""
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "process group")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting")
+    is_plain = type(error) is RuntimeError and any(word in str(error).lower() for word in words)
+    return is_plain or isinstance(error, dist.DistError)
 
 
-def _tell(error: Exception) -> None:
-    first = str(error).strip().splitlines()[:1]
-    message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {first[0] if first else ''}"
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _tell(message: str) -> None:
     # The first failure is the cause, later ones follow from it.
     _get_default_store().compare_set(_KEY, "", message)
 

@@ -14,13 +14,13 @@ class AllocationProfile(TorchDispatchMode):
 
     Attributes:
         peak_bytes: most bytes of them alive at a time.
-        largest_numel: elements of the largest tensor.
+        shapes: of all tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
-        self.largest_numel = 0
+        self.shapes: set[tuple[int, ...]] = set()
         self._alive: dict[int, int] = {}
         self._bytes = 0
 
@@ -30,7 +30,7 @@ class AllocationProfile(TorchDispatchMode):
         known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_iter(result):
             if isinstance(x, Tensor) and x.device.type != "meta":
-                self.largest_numel = max(self.largest_numel, x.numel())
+                self.shapes.add(tuple(x.shape))
                 self._note(x.untyped_storage(), known)
         return result
 

@@ -25,7 +25,7 @@ def long_trajectory(length: int, vocab_size: int) -> Trajectory:
     generator = torch.Generator().manual_seed(0)
     total = BLOCK_SIZE + length
     steps = (torch.arange(total) - BLOCK_SIZE + 1).clamp(min=0).to(torch.int32)
-    assert total % BLOCK_SIZE == 0 and NEVER_UNMASKED > total
+    assert total % BLOCK_SIZE == 0 and total < NEVER_UNMASKED
     return Trajectory(
         token_ids=torch.randint(vocab_size - 1, (1, total), generator=generator),
         prompt_len=torch.tensor([BLOCK_SIZE]),

@@ -1,19 +1,35 @@
 """The collectives of two tensor-parallel ranks answer as a whole vocabulary does, gradients included."""
 
-from pathlib import Path
+import warnings
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import SamplingParams, propose
-from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, token_divergence, top_k_target
+from nemo_opdlm.distillation.divergence import (
+    DivergenceKind,
+    DivergenceSpec,
+    FullTarget,
+    Tail,
+    Target,
+    TokenTarget,
+    token_divergence,
+    top_k_target,
+)
 from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
-from nemo_opdlm.vocab import LocalVocab, local_columns
+from nemo_opdlm.testing.ranks import Ranks
+from nemo_opdlm.vocab import LocalVocab, VocabReducer, local_columns
 
 T, V, RANKS = 6, 40, 2
 WIDTH = V // RANKS
+#: Divergence, teacher support (25 is more than a rank's columns), tail.
+FORMULAS = [(DivergenceKind.nll, 0, Tail.tail_bucket)] + [
+    (kind, top_k, tail)
+    for kind in DivergenceKind
+    if kind is not DivergenceKind.nll
+    for top_k, tail in [(0, Tail.tail_bucket), *((k, tail) for k in (5, 25) for tail in Tail)]
+]
 
 
 def random_logits(seed: int) -> Tensor:
@@ -54,17 +70,32 @@ def check_gradients(vocab: TensorParallelVocab, mine: slice) -> None:
 
 
 def check_formulas(vocab: TensorParallelVocab, mine: slice) -> None:
-    whole, student, teacher = LocalVocab(), random_logits(2), random_logits(3)
-    expected_x, x = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
-    for top_k in (0, 5, 25):
-        spec = DivergenceSpec(top_k=top_k)
-        target = top_k_target(teacher[:, mine], top_k, vocab) if top_k else FullTarget(teacher[:, mine])
-        expected_target = top_k_target(teacher, top_k, whole) if top_k else FullTarget(teacher)
-        values = token_divergence(x, target, spec, vocab)
-        expected = token_divergence(expected_x, expected_target, spec, whole)
-        torch.testing.assert_close(values, expected)
-        (grad,), (expected_grad,) = (torch.autograd.grad(v.sum(), w) for v, w in ((values, x), (expected, expected_x)))
-        torch.testing.assert_close(grad, expected_grad[:, mine])
+    """Every divergence, support and tail: this rank's values and gradients in fp64."""
+    whole, student, teacher = LocalVocab(), random_logits(2).double(), random_logits(3).double()
+    for kind, top_k, tail in FORMULAS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # combinations whose optimum is not the teacher
+            spec = DivergenceSpec(kind, reverse_weight=0.3, jsd_alpha=0.2, top_k=top_k, tail=tail)
+        values, grad = evaluate(student[:, mine], teacher[:, mine], spec, vocab)
+        expected, expected_grad = evaluate(student, teacher, spec, whole)
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, expected_grad[:, mine], rtol=1e-12, atol=1e-12)
+
+
+def evaluate(student: Tensor, teacher: Tensor, spec: DivergenceSpec, vocab: VocabReducer) -> tuple[Tensor, Tensor]:
+    target: Target = FullTarget(teacher)
+    if spec.kind is DivergenceKind.nll:
+        target = TokenTarget(torch.arange(T) * 5)
+    elif spec.top_k:
+        target = top_k_target(teacher, spec.top_k, vocab)
+    logits = student.clone().requires_grad_()
+    values = token_divergence(logits, target, spec, vocab)
+    (grad,) = torch.autograd.grad((values * torch.arange(1, T + 1)).sum(), logits)
+    return values.detach(), grad
+
+
+def check_proposals(vocab: TensorParallelVocab, mine: slice) -> None:
+    whole, student = LocalVocab(), random_logits(2)
     forbidden, uniform = torch.zeros(V - 3, dtype=torch.bool), torch.linspace(0, 0.99, T)
     forbidden[:5] = True
     for params in (SamplingParams(), SamplingParams(0.0), SamplingParams(0.7, 25, 0.9)):
@@ -73,15 +104,12 @@ def check_formulas(vocab: TensorParallelVocab, mine: slice) -> None:
         torch.testing.assert_close(vars(proposal), vars(expected_proposal))
 
 
-def run_rank(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+def check_everything() -> None:
     vocab = TensorParallelVocab(dist.group.WORLD, WIDTH)
-    assert (vocab.shard, vocab.start) == (rank, rank * WIDTH)
-    for check in (check_reductions, check_gradients, check_formulas):
+    assert (vocab.shard, vocab.start) == (dist.get_rank(), dist.get_rank() * WIDTH)
+    for check in (check_reductions, check_gradients, check_formulas, check_proposals):
         check(vocab, slice(vocab.start, vocab.start + WIDTH))
-    dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path / "store"),), nprocs=RANKS)
+def test_two_ranks_equal_one(two_ranks: Ranks) -> None:
+    two_ranks.run(check_everything)
