@@ -30,7 +30,7 @@ class Ranks:
         timeout_s: after which a collective operation fails, and a function counts as hanging.
     """
 
-    def __init__(self, size: int, timeout_s: float = 120) -> None:
+    def __init__(self, size: int, timeout_s: float = 300) -> None:
         self.size = size
         self.timeout_s = timeout_s
         self._processes: list[mp.Process] = []
