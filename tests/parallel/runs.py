@@ -141,9 +141,10 @@ def build(archive: str, layout: Layout, *overrides: str) -> Recorder:
         tokens = SpecialTokens.read(tokenizer, arch.vocab_size, mask_token_id, None, opened.config["origin"])
         options = model_options(config.model, config.trainer.precision)
         student = build_model(arch, context, AttentionRule.BLOCK_DIFFUSION, options)
-        teacher = Teacher(arch, context, options, micro_batch_size=4)
-        for network in (student, teacher.network):
-            read_weights(network, opened)
+        read_weights(student, opened)
+    with open_nemo(str(config.model.teacher_path)) as opened:
+        teacher = Teacher(archive_architecture(opened, opened.config), context, options, micro_batch_size=4)
+        read_weights(teacher.network, opened)
     settings = optimizer_settings(config.model, MAX_STEPS, config.trainer.gradient_clip_val)
     network = wrap(student, settings)
     method = Method.of(config.model, tokens, arch.max_position_embeddings, MAX_STEPS)
