@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from typing_extensions import override
 
+from nemo_opdlm.diffusion.sampler import RolloutProgress
+
 METRICS = "metrics.jsonl"
+_TRAINING = "Training"
+_TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 60.0
 _SHOWN = ("train/loss", "val_loss", "train/lr", "rollout/tokens_per_forward", "rollout/tokens_per_s")
 
 
@@ -95,7 +100,8 @@ class MetricsFile(Callback):
 class StepProgressBar(ProgressBar):
     """Optimizer steps done and to do, with the newest of a few metrics; Lightning's own bar counts batches of an epoch.
 
-    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps.
+    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps. While the module rolls out (and
+    calls its `rollout_progress`), it tells how far that is: on a terminal twice a second, elsewhere once a minute.
 
     Args:
         shown: metrics to show, of `pl_module.step_metrics` and Lightning's logged metrics.
@@ -108,6 +114,7 @@ class StepProgressBar(ProgressBar):
         self._stream = stream
         self._bar: tqdm[Any] | None = None
         self._enabled = True
+        self._rollout_start = self._rollout_shown = 0.0
 
     @override
     def disable(self) -> None:
@@ -127,8 +134,29 @@ class StepProgressBar(ProgressBar):
         interval = float("inf") if not stream.isatty() else 0.1
         # A bar in a log file would be one endless line: there, lines are written by on_train_batch_end.
         self._bar = tqdm(
-            total=steps, initial=trainer.global_step, desc="Training", unit="step", file=stream, mininterval=interval
+            total=steps, initial=trainer.global_step, desc=_TRAINING, unit="step", file=stream, mininterval=interval
         )
+        pl_module.rollout_progress = self.show_rollout  # type: ignore[assignment]
+
+    def show_rollout(self, progress: RolloutProgress) -> None:
+        """Tell how far a rollout is."""
+        now = time.monotonic()
+        if progress["num_forwards"] == 0:
+            self._rollout_start = self._rollout_shown = now
+            return
+        assert self._bar is not None
+        is_terminal = self._bar.fp.isatty()
+        if now - self._rollout_shown < (_TERMINAL_SECONDS if is_terminal else _FILE_SECONDS):
+            return
+        self._rollout_shown = now
+        finished = progress["num_rows"] - progress["num_active"]
+        speed = progress["num_tokens"] / (now - self._rollout_start)
+        text = f"{_TRAINING}, rollout: {finished}/{progress['num_rows']} responses, {speed:.0f} tokens/s"
+        if is_terminal:
+            self._bar.set_description(text)
+        else:
+            self._bar.fp.write(f"{text}\n")
+            self._bar.fp.flush()
 
     @override
     def on_train_batch_end(
@@ -139,6 +167,7 @@ class StepProgressBar(ProgressBar):
             return
         known = {**trainer.callback_metrics, **pl_module.step_metrics}  # type: ignore[dict-item]
         values = {name.split("/")[-1]: f"{float(known[name]):.4g}" for name in self._shown if name in known}
+        self._bar.set_description(_TRAINING, refresh=False)
         self._bar.set_postfix(values, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from nemo_opdlm.config import ModelConfig
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
+from nemo_opdlm.diffusion.sampler import RolloutProgress
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.loss import Normalization
@@ -65,6 +66,7 @@ class OnPolicyDistiller:
         teacher: the frozen AR model; None where ``nll`` trains on student rollouts.
         prompts: the training prompts.
         step: steps the optimizer and returns the gradient norm; Lightning counts updates by it.
+        on_progress: told how far each batch of a rollout is, before each of its forwards.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class OnPolicyDistiller:
         teacher: Teacher | None,
         prompts: PromptDataset,
         step: Callable[[], float] | None = None,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -84,6 +87,7 @@ class OnPolicyDistiller:
         self.teacher = teacher
         self.prompts = prompts
         self.step = step or optimizer.step
+        self.on_progress = on_progress
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
@@ -138,7 +142,11 @@ class OnPolicyDistiller:
         on_device = [tensor.to(parallel.device) for tensor in arguments]
         settings = self.method.rollout_settings(rollout_step)
         generate = self._generator()
-        return respond_together(lambda rows: generate(*(x[rows] for x in on_device), settings), limits, parallel)
+
+        def respond(rows: Tensor) -> Trajectory:
+            return generate(*(x[rows] for x in on_device), settings, self.on_progress)
+
+        return respond_together(respond, limits, parallel)
 
     def _generator(self) -> Callable[..., Trajectory]:
         max_batch_size = self.config.opdlm.rollout.max_batch_size

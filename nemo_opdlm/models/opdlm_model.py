@@ -1,5 +1,6 @@
 """``OPDLMModel``: the composition root. NeMo and Lightning drive it, ``distiller.py`` does the method."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo_opdlm.convert.hf_folder import read_tokenizer_files
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.diffusion.sampler import RolloutProgress
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
@@ -86,6 +88,8 @@ class OPDLMModel(ModelPT):
         self.tokenizer_files = {} if folder is None else read_tokenizer_files(Path(folder))
         self.tokens: SpecialTokens | None = None
         self.step_metrics: Metrics = {}
+        #: Whoever wants to be told how far a rollout is.
+        self.rollout_progress: Callable[[RolloutProgress], None] | None = None
         # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
         self._unregistered: tuple[Any, ...] = ()
         self._train_prompts: PromptDataset | None = None
@@ -157,12 +161,17 @@ class OPDLMModel(ModelPT):
             self.teacher,
             self._train_prompts,
             step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
+            on_progress=self._tell_progress,
         )
         self._unregistered = (self.teacher, distiller)
         self.setup_training_data(self.cfg.data.train_ds)
         if self._heldout_prompts is not None:
             self.setup_validation_data(self.cfg.data.validation_ds)
         logging.info(f"Divergence: {method.divergence.formula}")
+
+    def _tell_progress(self, progress: RolloutProgress) -> None:
+        if self.rollout_progress is not None:
+            self.rollout_progress(progress)
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """One item per update of an epoch over the training prompts."""

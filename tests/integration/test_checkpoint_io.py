@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from lightning.pytorch import Callback
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.megatron import atomic_folder
 from nemo_opdlm.megatron.checkpoint import load_sharded, save_sharded
@@ -302,3 +305,13 @@ def test_progress_bar_counts_optimizer_steps(tmp_path: Path) -> None:
     fit(tmp_path, 4, callbacks=[StepProgressBar(stream=stream)], trainer_changes=changes)
     lines = [line for line in stream.getvalue().replace("\r", "\n").splitlines() if "loss=" in line]
     assert any("2/4" in line for line in lines) and any("4/4" in line for line in lines)
+
+
+def test_a_long_rollout_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "_FILE_SECONDS", 0.0)
+    stream, module = io.StringIO(), SimpleNamespace()
+    bar = StepProgressBar(stream=stream)
+    bar.on_train_start(SimpleNamespace(max_steps=4, global_step=0), module)  # type: ignore[arg-type]
+    module.rollout_progress({"num_forwards": 0, "num_active": 8, "num_rows": 8, "num_tokens": 0})
+    module.rollout_progress({"num_forwards": 9, "num_active": 5, "num_rows": 8, "num_tokens": 60})
+    assert re.search(r"Training, rollout: 3/8 responses, \d+ tokens/s$", stream.getvalue(), re.MULTILINE)

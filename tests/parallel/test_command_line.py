@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nemo_opdlm.models.conversion import open_model
 from tests.integration.training_runs import EXAMPLES, read_metrics, run
 
 PROMPTS = EXAMPLES / "prompts"
@@ -57,9 +59,18 @@ def environment(**changes: str) -> dict[str, str]:
 def test_torchrun_on_four_ranks_gives_one_processs_metrics_and_one_process_goes_on(
     glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Three updates at TP2 x PP2, the last one in the middle of a rollout batch; one process makes the fourth."""
+    """Three updates at TP2 x PP2, the last one in the middle of a rollout batch; one process makes the fourth.
+
+    The four ranks save in the background, and leave an archive that one process reads.
+    """
     settings = (*SETTINGS, f"model.restore_from_path={glassllm}", f"exp_manager.explicit_log_dir={tmp_path}")
-    layout = ("trainer.devices=4", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")
+    layout = (
+        "trainer.devices=4",
+        "model.tensor_model_parallel_size=2",
+        "model.pipeline_model_parallel_size=2",
+        "model.dist_ckpt_async_save=true",
+        "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true",
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     finished = subprocess.run(
         [*command, str(EXAMPLES / "train_opdlm.py"), *settings, *layout, "trainer.max_steps=3"],
@@ -70,6 +81,11 @@ def test_torchrun_on_four_ranks_gives_one_processs_metrics_and_one_process_goes_
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     same_metrics(read_metrics(tmp_path), one_process[:3])
+    resumed = run(tmp_path, *settings, "trainer.max_steps=3")
+    (archive,) = (tmp_path / "checkpoints").glob("*.nemo")
+    with open_model(archive) as (network, _):
+        for name, tensor in network.named_parameters():
+            assert torch.equal(tensor, resumed.model.get_parameter(name)), name
     run(tmp_path, *settings, "trainer.max_steps=4")
     same_metrics(read_metrics(tmp_path), one_process)
 
