@@ -1,12 +1,16 @@
 """Megatron's DDP, optimizer and learning-rate schedule around the student."""
 
+import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_opdlm.megatron.cpu import wants_cpu
@@ -22,6 +26,10 @@ DECAY_STYLES = {
     "WarmupHoldPolicy": "constant",
     "WarmupAnnealing": "linear",
 }
+#: How a distributed optimizer is saved: one whole tensor per parameter and moment, which any layout can load.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,10 @@ class OptimizerSettings:
 def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
     """Put the student into Megatron's DDP (fp32 gradient buffers, summed over data- and context-parallel ranks)."""
     distributed = settings.distributed and not wants_cpu()
+    if settings.distributed and not distributed and dist.get_rank() == 0:
+        level = logging.WARNING if model.parallel.data_size > 1 else logging.INFO
+        name = "model.optim.name=distributed_fused_adam"
+        logger.log(level, "%s: no GPU, every rank keeps the whole optimizer state", name)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -86,7 +98,7 @@ class StudentOptimizer:
             clip_grad=settings.clip_grad,
             bf16=params_dtype == torch.bfloat16,
             params_dtype=params_dtype,
-            use_distributed_optimizer=settings.distributed and not wants_cpu(),
+            use_distributed_optimizer=network.ddp[0].ddp_config.use_distributed_optimizer,
         )
         self.megatron: MegatronOptimizer = get_megatron_optimizer(config, list(network.ddp))
         network.model.config.grad_scale_func = self.megatron.scale_loss
@@ -134,3 +146,61 @@ class StudentOptimizer:
             self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
         return float(grad_norm)
+
+    # -- checkpoints --
+
+    def sharded_state_dict(self, weights: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """Megatron's sharded view of moments and master weights; before the first update there are none to save.
+
+        Args:
+            weights: the student's ``sharded_weights``, which say how each parameter is sharded.
+            is_loading: whether a checkpoint is to be read into it.
+        """
+        distributed = [part for part in self._parts if isinstance(part, DistributedOptimizer)]
+        if not distributed:
+            return self.megatron.sharded_state_dict(weights, is_loading=is_loading)  # type: ignore[no-any-return]
+        if is_loading:
+            for part in distributed:
+                _fill_state(part)
+        return self.megatron.sharded_state_dict(  # type: ignore[no-any-return]
+            weights, is_loading=is_loading, metadata=_SHARDING
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded into ``sharded_state_dict``."""
+        if not any(_counts_by_parameter(part) for part in self._parts):
+            self.megatron.load_state_dict(state)
+            return
+        states = [state] if len(self._parts) == 1 else [state[number] for number in range(len(self._parts))]
+        for part, own in zip(self._parts, states, strict=True):
+            _load_counted_by_parameter(part, own)
+
+    @property
+    def _parts(self) -> list[MegatronOptimizer]:
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+
+def _counts_by_parameter(part: MegatronOptimizer) -> bool:
+    """Whether a distributed optimizer runs torch's Adam, as it does without Transformer Engine and Apex.
+
+    Torch counts the steps of each parameter, the others those of a group. Megatron saves such an optimizer but fails to
+    load it: it asserts that a fresh one has counts already, and looks for them among the loaded moments.
+    """
+    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _fill_state(part: DistributedOptimizer) -> None:
+    if _counts_by_parameter(part):
+        part.init_state_fn(part.optimizer, part.config)
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _load_counted_by_parameter(part: DistributedOptimizer, state: dict[str, Any]) -> None:
+    part.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
+    states = list(part.optimizer.state.values())
+    counts = [of_parameter.pop("step") for of_parameter in states]
+    part.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for of_parameter, count in zip(states, counts, strict=True):
+        # Megatron hands the same tensor to all parameters: each of them would count it up.
+        of_parameter["step"] = count.clone()

@@ -239,7 +239,7 @@ class OPDLMModel(ModelPT):
         weights = self.model.sharded_weights(PREFIX)
         state = {"model": weights}
         if include_optimizer:
-            state["optimizer"] = self._optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading)
+            state["optimizer"] = self._optimizer.sharded_state_dict(weights, is_loading)
         return state
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
@@ -248,6 +248,6 @@ class OPDLMModel(ModelPT):
         if self._optimizer is None:
             return
         if "optimizer" in state:
-            self._optimizer.megatron.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(state["optimizer"])
         else:
             self._optimizer.megatron.reload_model_params()

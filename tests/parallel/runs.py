@@ -91,7 +91,7 @@ class Recorder(OnPolicyDistiller):
 
     def weights_and_optimizer(self, is_loading: bool = False) -> dict[str, Any]:
         weights = self.student.model.sharded_weights(PREFIX)
-        optimizer = self.optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading)
+        optimizer = self.optimizer.sharded_state_dict(weights, is_loading)
         return {"model": weights, "optimizer": optimizer}
 
     def save(self, folder: Path, global_step: int) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Recorder(OnPolicyDistiller):
     def resume(self, folder: Path, plain: Mapping[str, Any]) -> int:
         state = load_sharded(folder, self.weights_and_optimizer(is_loading=True), vocab_size=self.student.model.arch.vocab_size)
         self.student.model.load_weights(state["model"], PREFIX)
-        self.optimizer.megatron.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.scheduler.load_state_dict(plain["scheduler"])
         self.load_state_dict(plain["distiller"])
         return int(plain["step"])

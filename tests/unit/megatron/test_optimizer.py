@@ -1,9 +1,15 @@
-"""Learning rates of the recipe, clipping, and updates that are skipped."""
+"""Learning rates of the recipe, clipping, updates that are skipped, and what checkpoints keep of an optimizer."""
+
+import logging
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from nemo_opdlm.megatron import optimizer as megatron_optimizer
+from nemo_opdlm.megatron.checkpoint import load_sharded, save_sharded
+from nemo_opdlm.megatron.cpu import wants_cpu
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions
@@ -14,17 +20,17 @@ RECIPE = tiny.optimizer_settings(lr=1e-5, min_lr=1e-6, warmup_steps=80, decay_st
 RATES = {0: 0, 40: 5e-6, 80: 1e-5, 500: 9.933e-6, 1932: 8.760e-6, 3864: 5.575e-6, 5796: 2.345e-6, 7728: 1e-6}
 
 
-def make_optimizer(dtype: torch.dtype = torch.float32, **changes: object) -> StudentOptimizer:
+def make_optimizer(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> StudentOptimizer:
     parallel = initialize()
     settings = tiny.optimizer_settings(**changes)
-    network = tiny.random_network(tiny.architecture(), parallel, options=ModelOptions(params_dtype=dtype))
+    network = tiny.random_network(tiny.architecture(), parallel, options=ModelOptions(params_dtype=dtype), seed=seed)
     return StudentOptimizer(wrap(network, settings), settings)
 
 
-def fill_gradients(optimizer: StudentOptimizer, scale: float = 1.0) -> float:
+def fill_gradients(optimizer: StudentOptimizer, scale: float = 1.0, seed: int = 0) -> float:
     """Random gradients in DDP's buffers; returns their global norm."""
     optimizer.zero_grad()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for parameter in optimizer.network.model.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator) * scale)
@@ -37,7 +43,9 @@ def snapshot(optimizer: StudentOptimizer) -> list[Tensor]:
     network = optimizer.network.model
     tensors = [*network.parameters(), *(getattr(p, "main_param", p) for p in network.parameters())]
     for part in optimizer.megatron.chained_optimizers:
-        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
+        parameters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        states = [part.optimizer.state[parameter] for parameter in parameters]
+        tensors += [state[name] for state in states for name in sorted(state)]
     return [tensor.detach().clone() for tensor in tensors if isinstance(tensor, Tensor)]
 
 
@@ -100,3 +108,46 @@ def test_an_update_without_any_supervised_token_is_skipped_although_moments_woul
     optimizer.zero_grad()
     assert optimizer.step() == 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(snapshot(optimizer), before, strict=True))
+
+
+# -- checkpoints --
+
+
+def sharded(optimizer: StudentOptimizer, is_loading: bool) -> dict[str, object]:
+    weights = optimizer.network.model.sharded_weights("model.")
+    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_loaded_optimizer_goes_on_as_the_one_that_was_saved(
+    distributed: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The distributed optimizer itself runs on a CPU too, with torch's Adam: the one of a GPU without Transformer Engine.
+    monkeypatch.setattr(megatron_optimizer, "wants_cpu", lambda: False)
+    saved = make_optimizer(dtype, distributed=distributed, weight_decay=0.1)
+    for update in range(3):
+        fill_gradients(saved, seed=update)
+        saved.step()
+    save_sharded(tmp_path / "checkpoint", sharded(saved, is_loading=False))
+    loaded = make_optimizer(dtype, seed=1, distributed=distributed, weight_decay=0.1)
+    state = load_sharded(tmp_path / "checkpoint", sharded(loaded, is_loading=True), vocab_size=tiny.VOCAB_SIZE)
+    loaded.network.model.load_weights(state["model"], "model.")
+    loaded.load_state_dict(state["optimizer"])
+    loaded.scheduler.load_state_dict(saved.scheduler.state_dict())
+    for update in range(3, 6):
+        norms = [fill_gradients(optimizer, seed=update) and optimizer.step() for optimizer in (saved, loaded)]
+        assert norms[0] == norms[1] and saved.lr == loaded.lr
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(snapshot(loaded), snapshot(saved), strict=True))
+
+
+@pytest.mark.skipif(not wants_cpu(), reason="there is a GPU, so a distributed optimizer is one")
+def test_on_a_cpu_it_is_said_once_that_the_optimizer_is_not_distributed(caplog: pytest.LogCaptureFixture) -> None:
+    def messages() -> list[str]:
+        return [record.message for record in caplog.records if record.name == megatron_optimizer.__name__]
+
+    with caplog.at_level(logging.INFO, logger=megatron_optimizer.__name__):
+        make_optimizer()
+        assert messages() == []
+        make_optimizer(distributed=True)
+    assert messages() == ["model.optim.name=distributed_fused_adam: no GPU, every rank keeps the whole optimizer state"]
