@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_opdlm.config import Architecture
-from nemo_opdlm.convert.hugging_face import HfImport
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.optimizer import OptimizerSettings
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
+
+if TYPE_CHECKING:  # the tests on a GPU run without what the conversion needs
+    from nemo_opdlm.convert.hugging_face import HfImport
 
 #: Rows of the embedding; the tokenizer below has 40 entries, so the mask token becomes row 40.
 VOCAB_SIZE = 48
@@ -153,7 +155,7 @@ def random_network(
 
 
 def load_import(
-    imported: HfImport,
+    imported: "HfImport",
     parallel: ParallelContext,
     rule: AttentionRule,
     options: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
