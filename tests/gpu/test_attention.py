@@ -1,0 +1,94 @@
+"""On a GPU, compiled FlexAttention and attention in chunks give what one attention with a dense mask gives."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from nemo_opdlm.diffusion.layout import BlockLayout
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense, mask_mod
+from nemo_opdlm.megatron import chunked_attention
+from nemo_opdlm.megatron.chunked_attention import attend_in_chunks
+
+HEADS, GROUPS, DIM = 4, 2, 64
+RULE = AttentionRule.BLOCK_DIFFUSION
+#: Of fp32 sums in another order, and of bf16 results.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+#: Prompt and response lengths of two rows, one and two state copies, and what the rows are padded to.
+ROWS = {128: ([3, 17], [20, 9], [2, 1]), 200: ([40, 6], [33, 50], [1, 2]), 384: ([100, 1], [60, 81], [3, 2])}
+
+dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
+lengths = pytest.mark.parametrize("length", list(ROWS))
+block_sizes = pytest.mark.parametrize("block_size", [4, 8])
+
+
+def attributes(length: int, block_size: int) -> TokenAttributes:
+    lens = (torch.tensor(x, device="cuda") for x in ROWS[length])
+    return BlockLayout(*lens, block_size).attributes(length)
+
+
+def random_inputs(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value, and the gradient that comes back."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, heads, length, DIM) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    tensors = [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+    return tuple(x.requires_grad_() for x in tensors[:3]) + (tensors[3],)  # type: ignore[return-value]
+
+
+def results(out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> list[Tensor]:
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def by_dense_mask(inputs: tuple[Tensor, Tensor, Tensor], grad: Tensor, may_attend: Tensor) -> list[Tensor]:
+    """In fp64, the exact answer."""
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    out = F.scaled_dot_product_attention(*exact, attn_mask=may_attend, enable_gqa=True)
+    return results(out, exact, grad.double())  # type: ignore[arg-type]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for name, ours, theirs in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        error = float((ours.double() - theirs).abs().max() / theirs.abs().max())
+        assert error < TOLERANCE[dtype], (name, error)
+
+
+@functools.cache
+def compiled() -> object:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@dtypes
+@lengths
+@block_sizes
+def test_flex_attention_equals_attention_with_a_dense_mask(length: int, block_size: int, dtype: torch.dtype) -> None:
+    tokens = attributes(length, block_size)
+    *inputs, grad = random_inputs(length, dtype)
+    block_mask = create_block_mask(mask_mod(RULE, tokens, tokens), 2, None, length, length, device="cuda")
+    out = compiled()(*inputs, block_mask=block_mask, enable_gqa=True)  # type: ignore[operator]
+    expected = by_dense_mask(tuple(inputs), grad, dense(RULE, tokens, tokens))  # type: ignore[arg-type]
+    assert_close(results(out, tuple(inputs), grad), expected, dtype)  # type: ignore[arg-type]
+
+
+@dtypes
+@lengths
+@block_sizes
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_attention_in_chunks_equals_attention_with_a_dense_mask(
+    num_chunks: int, length: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 2 * length * -(-length // num_chunks))
+    tokens = attributes(length, block_size)
+    *inputs, grad = random_inputs(length, dtype)
+    masks = []
+
+    def mask_of(start: int, stop: int) -> Tensor:
+        masks.append((start, stop))
+        return dense(RULE, tokens.map(lambda x: x[:, start:stop]), tokens)
+
+    out = attend_in_chunks(*inputs, mask_of, None, None)
+    assert len(masks) == num_chunks
+    expected = by_dense_mask(tuple(inputs), grad, dense(RULE, tokens, tokens))  # type: ignore[arg-type]
+    assert_close(results(out, tuple(inputs), grad), expected, dtype)  # type: ignore[arg-type]
