@@ -67,7 +67,8 @@ class RolloutConfig:
         max_new_tokens: limit on top of the curriculum, in tokens; null = the curriculum alone.
         max_new_tokens_schedule: rollout-length curriculum.
         domain_caps: length limits by the prompts' `domain`, in tokens.
-        max_batch_size: sequences denoised together on one data-parallel rank.
+        max_batch_size: sequences denoised together on one data-parallel rank, and pipeline stage.
+        max_batch_tokens: tokens that the cache of one rank may hold; null = as many as max_batch_size sequences need.
         end_token_ids: ids that end a response; null = the tokenizer's.
     """
 
@@ -85,6 +86,7 @@ class RolloutConfig:
     max_new_tokens_schedule: MaxNewTokensScheduleConfig = field(default_factory=MaxNewTokensScheduleConfig)
     domain_caps: dict[str, int] | None = None
     max_batch_size: int = 128
+    max_batch_tokens: int | None = None
     end_token_ids: tuple[int, ...] | None = None
 
     @property

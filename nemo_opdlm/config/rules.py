@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.opdlm.rollout.entropy_bound": (lambda v: v > 0, "above 0"),
     "model.opdlm.rollout.max_new_tokens": (lambda v: v >= 1, "at least 1"),
     "model.opdlm.rollout.max_batch_size": (lambda v: v >= 1, "at least 1"),
+    "model.opdlm.rollout.max_batch_tokens": (lambda v: v >= 1, "at least 1, or null"),
     "model.opdlm.rollout.domain_caps": (lambda v: all(cap >= 1 for cap in v.values()), "at least 1 token each"),
     "model.opdlm.rollout.end_token_ids": (lambda v: all(i >= 0 for i in v), "token ids, at least 0"),
     "model.opdlm.rollout.threshold_schedule.start": (lambda v: 0 < v <= 1, "above 0, at most 1"),

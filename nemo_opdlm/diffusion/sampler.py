@@ -19,16 +19,17 @@ _PAD = 0
 class Denoiser(Protocol):
     """A network with a cache of keys and values, as the sampler sees it: tokens in, proposals out, never logits.
 
-    ``rows [A]`` are the rows of the batch that take part, in rising order; ``valid [A, Q]`` says which places of the
-    query hold a token. Every query token sees the cache before its block, and its own block.
+    ``slots [A]`` are the cache slots that take part, in rising order; ``valid [A, Q]`` says which places of the query hold
+    a token. Every query token sees its slot's cache before its block, and its own block. A query from position 0 on
+    begins a new row in its slot: what the slot held is never seen again.
     """
 
-    def prefill(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
+    def prefill(self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
         """Write the keys and values of whole prompt blocks ``[A, Q]`` under the block-causal rule."""
         ...
 
     def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
+        self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
     ) -> Proposal:
         """Propose tokens for a block, ``[A, b]``; read at its masks only.
 
@@ -41,7 +42,7 @@ class Denoiser(Protocol):
 class Query(NamedTuple):
     """What the sampler asks of the network: a prefill where ``uniform`` is None, else proposals (see `Denoiser`)."""
 
-    rows: Tensor
+    slots: Tensor
     token_ids: Tensor
     position_ids: Tensor
     valid: Tensor
@@ -96,9 +97,10 @@ def rollout(
     sample_ids: Tensor,
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
+    num_slots: int | None = None,
 ) -> Trajectory:
-    """Answer a batch of prompts with one network that answers at once; see `decode` for the arguments."""
-    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress)
+    """Answer prompts with one network that answers at once; see `decode` for the arguments."""
+    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots)
     answer: Proposal | None = None
     while True:
         try:
@@ -120,12 +122,14 @@ def decode(
     sample_ids: Tensor,
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
+    num_slots: int | None = None,
 ) -> Generator[Query, Proposal | None, Trajectory]:
-    """Answer a batch of prompts. A row's answer does not depend on the rows beside it, nor on their order.
+    """Answer prompts. A row's answer does not depend on the rows beside it, nor on their order or slot.
 
-    Rows go through their blocks independently; every forward denoises one block of each unfinished row, and the first
-    forward of a block also commits the block before it, so no forward is spent on the cache alone and none follows a
-    row's last block. The device is read once per forward.
+    A row that is finished hands its slot to the next prompt, so that the batch stays full until prompts run out. Rows go
+    through their blocks independently; every forward denoises one block of each row that has a slot, and the first forward
+    of a block also commits the block before it, so no forward is spent on the cache alone (but for prompts longer than a
+    block) and none follows a row's last block. The device is read once per forward.
 
     Written as a coroutine, so that a pipeline can keep the queries of several batches in flight: it yields what it asks
     of the network and is sent the proposals (None after a prefill).
@@ -137,12 +141,13 @@ def decode(
         sample_ids: int64 ``[B]``, keys of the randomness.
         settings: how to decode.
         on_progress: called before each forward and once at the end.
+        num_slots: rows that are decoded at a time, those of the cache; None for all of them.
     """
-    canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress)
-    prefill = canvas.prefill()
-    if prefill is not None:
-        yield prefill
+    canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots)
     while (blocks := canvas.open_blocks()) is not None:
+        prefill = canvas.prefill(blocks)
+        if prefill is not None:
+            yield prefill
         masked = canvas.unmask_step[blocks.places] == NEVER_UNMASKED
         proposal = yield canvas.query(blocks)
         assert proposal is not None
@@ -156,10 +161,19 @@ def decode(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks ``[A, b]`` that one forward denoises, one in each unfinished row."""
+    """The blocks ``[A, b]`` that one forward denoises, one in each occupied slot.
+
+    Attributes:
+        rows, slots: int64 ``[A]``, in the order of the slots.
+        positions: int64 ``[A, b]``.
+        is_new: bool ``[A]``, rows that have just got their slot; on the CPU.
+        any_pending: whether any row has a finished block that is not cached yet.
+    """
 
     rows: Tensor
+    slots: Tensor
     positions: Tensor
+    is_new: Tensor
     any_pending: bool
 
     @property
@@ -179,10 +193,17 @@ class _Canvas:
         sample_ids: Tensor,
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None,
+        num_slots: int | None,
     ) -> None:
         _check_lengths(prompt_ids, prompt_len, max_new_tokens)
         self.settings = settings
         self.on_progress = on_progress
+        num_rows = prompt_len.numel()
+        # What the host has to know to hand out slots: the row in each of them (-1: none) and the first row without one.
+        self._row_of_slot = torch.full((min(num_slots or num_rows, num_rows),), -1)
+        self._next_row = 0
+        self._num_forwards = self._num_tokens_of_finished = 0
+        self._starts_pending = (prompt_len >= self.settings.block_size).cpu()
         self.block_size = settings.block_size
         self.prompt_len = prompt_len
         self.limit_end = prompt_len + max_new_tokens
@@ -204,38 +225,69 @@ class _Canvas:
         self.quotas = quota(self.block_size, settings.denoising_steps).to(prompt_ids.device)
         self.end_token_ids = torch.tensor(settings.end_token_ids, dtype=torch.int64, device=prompt_ids.device)
 
-    def prefill(self) -> Query | None:
-        """The whole prompt blocks but the last, which is committed by the first denoising forward; None if there are none."""
-        prefill_len = self.block_start - self.block_size
-        rows = (prefill_len > 0).nonzero()[:, 0]
-        if rows.numel() == 0:
+    def prefill(self, blocks: _Blocks) -> Query | None:
+        """The whole prompt blocks of new rows but the last, which is committed by the first denoising forward."""
+        if not bool(blocks.is_new.any()):
             return None
+        new = blocks.is_new.nonzero()[:, 0].to(blocks.rows.device)
+        rows, slots = blocks.rows[new], blocks.slots[new]
+        prefill_len = self.block_start[rows] - self.block_size
+        longer = (prefill_len > 0).nonzero()[:, 0]
+        if longer.numel() == 0:
+            return None
+        rows, slots, prefill_len = rows[longer], slots[longer], prefill_len[longer]
         width = int(prefill_len.max())
         positions = torch.arange(width, device=rows.device).expand(rows.numel(), -1)
-        return Query(rows, self.token_ids[rows, :width], positions, positions < prefill_len[rows, None], None)
+        return Query(slots, self.token_ids[rows, :width], positions, positions < prefill_len[:, None], None)
 
     def open_blocks(self) -> _Blocks | None:
         """The blocks to denoise now, None when every row is finished; reads the device once."""
-        num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
-        status = [self.response_len == 0, self.has_pending, self.denoising_step, self.num_forwards, num_tokens]
-        is_open, has_pending, denoising_step, num_forwards, num_tokens = torch.stack([x.long() for x in status]).cpu()
-        rows = is_open.nonzero()[:, 0]
+        slots = (self._row_of_slot >= 0).nonzero()[:, 0]
+        any_pending, num_tokens = self._read(slots)
+        is_new = self._fill_slots()
+        slots = (self._row_of_slot >= 0).nonzero()[:, 0]
+        rows = self._row_of_slot[slots]
         if self.on_progress is not None:
+            waiting = self.prompt_len.numel() - self._next_row
             self.on_progress(
                 RolloutProgress(
-                    num_forwards=int(num_forwards.max()),
-                    num_active=rows.numel(),
-                    num_rows=is_open.numel(),
-                    num_tokens=int(num_tokens.sum()),
+                    num_forwards=self._num_forwards,
+                    num_active=rows.numel() + waiting,
+                    num_rows=self.prompt_len.numel(),
+                    num_tokens=self._num_tokens_of_finished + num_tokens,
                 )
             )
         if rows.numel() == 0:
             return None
-        assert bool((denoising_step[rows] < self.settings.denoising_steps).all()), "the quotas left a mask behind"
-        any_pending = bool(has_pending[rows].any())
-        rows = rows.to(self.token_ids.device)
+        self._num_forwards += 1
+        device = self.token_ids.device
+        is_new = is_new[slots]
+        any_pending = any_pending or bool(self._starts_pending[rows[is_new]].any())
+        rows = rows.to(device)
         self.num_forwards[rows] += 1
-        return _Blocks(rows, self.block_start[rows, None] + self.offsets, any_pending)
+        return _Blocks(rows, slots.to(device), self.block_start[rows, None] + self.offsets, is_new, any_pending)
+
+    def _read(self, slots: Tensor) -> tuple[bool, int]:
+        """Free the slots of finished rows; whether any other row has a pending block, and how many tokens they have."""
+        if slots.numel() == 0:
+            return False, 0
+        rows = self._row_of_slot[slots].to(self.token_ids.device)
+        num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
+        status = [self.response_len == 0, self.has_pending, self.denoising_step, num_tokens]
+        is_open, has_pending, denoising_step, num_tokens = torch.stack([x[rows].long() for x in status]).cpu()
+        is_open = is_open.bool()
+        assert bool((denoising_step[is_open] < self.settings.denoising_steps).all()), "the quotas left a mask behind"
+        self._row_of_slot[slots[~is_open]] = -1
+        self._num_tokens_of_finished += int(num_tokens[~is_open].sum())
+        return bool(has_pending[is_open].any()), int(num_tokens[is_open].sum())
+
+    def _fill_slots(self) -> Tensor:
+        """Give free slots to the next rows; which slots were given, bool ``[S]``."""
+        is_free = self._row_of_slot < 0
+        free = is_free.nonzero()[: self.prompt_len.numel() - self._next_row, 0]
+        self._row_of_slot[free] = torch.arange(self._next_row, self._next_row + free.numel())
+        self._next_row += free.numel()
+        return is_free & (self._row_of_slot >= 0)
 
     def query(self, blocks: _Blocks) -> Query:
         """``[pending | block]``, or the blocks alone where nothing is pending."""
@@ -245,7 +297,7 @@ class _Canvas:
             valid = torch.cat([valid & self.has_pending[rows, None], valid], 1)
             positions = torch.cat([(positions - self.block_size).clamp(min=0), positions], 1)
         uniform = self.uniform(Stream.PROPOSAL, blocks)
-        return Query(rows, self.token_ids[rows[:, None], positions], positions, valid, uniform)
+        return Query(blocks.slots, self.token_ids[rows[:, None], positions], positions, valid, uniform)
 
     def uniform(self, stream: Stream, blocks: _Blocks) -> Tensor:
         """Random numbers ``[A, b]`` of this forward, keyed by sample, position and the row's own count of forwards."""

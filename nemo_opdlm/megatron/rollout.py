@@ -26,13 +26,15 @@ class RolloutEngine:
         model: the network whose weights decode.
         sampling: temperature and filters.
         forbidden: bool ``[V]`` (true vocabulary), never proposed.
-        max_batch_size: rows decoded together; bounds the cache.
+        max_batch_size: rows decoded together.
+        max_batch_tokens: tokens that the cache may hold, all rows together; None = as many as the rows need.
     """
 
     model: StagedGPT
     sampling: SamplingParams
     forbidden: Tensor
     max_batch_size: int
+    max_batch_tokens: int | None = None
 
     def generate(
         self,
@@ -85,38 +87,61 @@ class RolloutEngine:
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
     ) -> Trajectory:
+        batches = self._batches(*requests[1:3], settings.block_size)
         flights = [
-            partial(self._start, denoiser_type, tuple(part[rows] for part in requests), settings, on_progress)
-            for rows in self._batches(requests[1])
+            partial(self._start, denoiser_type, tuple(part[rows] for part in requests), num_slots, settings, on_progress)
+            for rows, num_slots in batches
         ]
         was_training = self.model.training
         self.model.eval()
         try:
             # One region around all forwards: weights are cast once per rollout, not once per forward.
             with autocast(self.model.options.autocast_dtype, requests[0].device), self.model.attention.use_rule(rule):
-                return Trajectory.cat(fly(self.model, flights))
+                trajectory = Trajectory.cat(fly(self.model, flights))
         finally:
             self.model.train(was_training)
+        order = torch.cat([rows for rows, _ in batches])
+        return trajectory.index(order.argsort())
 
-    def _batches(self, prompt_len: Tensor) -> tuple[Tensor, ...]:
-        """Rows decoded together: as many as the cache holds, but at least as many batches as the pipeline has stages."""
+    def _batches(self, prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> list[tuple[Tensor, int]]:
+        """Rows and number of cache slots of each batch: as many batches as the pipeline has stages.
+
+        Raises:
+            ValueError: the cache cannot hold one row.
+        """
+        longest = _cache_length(prompt_len, max_new_tokens, block_size)
         num_rows = prompt_len.numel()
-        num_batches = max(-(-num_rows // self.max_batch_size), min(self.model.parallel.pp_size, num_rows))
-        return torch.arange(num_rows, device=prompt_len.device).tensor_split(num_batches)
+        num_slots, batches = self.max_batch_size, min(self.model.parallel.pp_size, num_rows)
+        if self.max_batch_tokens is not None:
+            num_slots = min(num_slots, self.max_batch_tokens // (batches * longest))
+            if num_slots == 0:
+                raise ValueError(
+                    f"model.opdlm.rollout.max_batch_tokens={self.max_batch_tokens} cannot hold {batches} rows of {longest} "
+                    f"tokens, prompt and response: at least {batches * longest} are needed"
+                )
+        rows = torch.arange(num_rows, device=prompt_len.device)
+        # Dealt, not cut: rows come sorted by length, and batches in flight together should take the same time.
+        return [(rows[number::batches], num_slots) for number in range(batches)]
 
     def _start(
         self,
         denoiser_type: type[MegatronDenoiser],
         requests: tuple[Tensor, Tensor, Tensor, Tensor],
+        num_slots: int,
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
     ) -> Flight:
         """A batch with a cache of its own, ready for its first forward."""
         _, prompt_len, max_new_tokens, _ = requests
-        longest = int((prompt_len + max_new_tokens).max())
-        length = -(-longest // settings.block_size) * settings.block_size
-        cache = KVCache(prompt_len.numel(), length)
+        num_slots = min(num_slots, prompt_len.numel())
+        cache = KVCache(num_slots, _cache_length(prompt_len, max_new_tokens, settings.block_size))
         denoiser = denoiser_type(
             self.model, cache, settings.block_size, settings.mask_token_id, self.sampling, self.forbidden
         )
-        return Flight(decode(*requests, settings, on_progress), denoiser)
+        return Flight(decode(*requests, settings, on_progress, num_slots), denoiser)
+
+
+def _cache_length(prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> int:
+    """Tokens of a cache slot that holds any of these rows, in whole blocks."""
+    longest = int((prompt_len + max_new_tokens).max())
+    return -(-longest // block_size) * block_size

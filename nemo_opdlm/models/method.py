@@ -169,4 +169,5 @@ class Method:
             sampling or SamplingParams(rollout.temperature, rollout.top_k, rollout.top_p),
             self.tokens.forbidden.to(device),
             max_batch_size,
+            rollout.max_batch_tokens,
         )

@@ -39,7 +39,7 @@ class FakeDenoiser:
         seed: another seed is another network.
         prefills: every call of ``prefill``.
         forwards: every call of ``propose``.
-        chains: the cache, by row.
+        chains: the cache, by slot; a query from position 0 on begins a new chain.
     """
 
     vocab_size: int
@@ -65,7 +65,8 @@ class FakeDenoiser:
         """Commit whole prompt blocks."""
         self.prefills.append(Call(rows, token_ids, position_ids, valid))
         for row, tokens, positions in _queries(self.prefills[-1]):
-            assert row not in self.chains, f"row {row} was prefilled twice"
+            self.chains.pop(row, None)
+            assert positions[0] == 0, f"slot {row} was prefilled from {positions[0]} on"
             for start in range(0, len(tokens), self.block_size):
                 self._commit(row, tokens[start : start + self.block_size], positions[start : start + self.block_size])
 
@@ -77,6 +78,8 @@ class FakeDenoiser:
         logits = []
         for row, tokens, positions in _queries(self.forwards[-1]):
             block, at = tokens[-self.block_size :], positions[-self.block_size :]
+            if positions[0] == 0:
+                self.chains.pop(row, None)
             if len(tokens) > self.block_size:
                 self._commit(row, tokens[: -self.block_size], positions[: -self.block_size])
             chain = self.chains.get(row, [])

@@ -31,10 +31,11 @@ def run(
     num_rows: int = 12,
     end_bias: float = -1.0,
     params: SamplingParams | None = None,
+    num_slots: int | None = None,
 ) -> tuple[Trajectory, FakeDenoiser]:
     denoiser = fake_denoiser(settings.block_size, end_bias, params)
     prompts = random_prompts(num_rows, settings.block_size)
-    return rollout(denoiser, *prompts, torch.arange(num_rows), settings), denoiser
+    return rollout(denoiser, *prompts, torch.arange(num_rows), settings, num_slots=num_slots), denoiser
 
 
 def assert_rows_equal(actual: Trajectory, expected: Trajectory) -> None:
@@ -314,3 +315,33 @@ def test_settings_that_contradict_themselves_are_refused() -> None:
     for change in changes:
         with pytest.raises(ValueError, match="allowed"):
             replace(rollout_settings(4), **change)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 12, 40])
+def test_rows_that_wait_for_a_slot_are_written_as_if_all_had_one(num_slots: int, strategy: RemaskingStrategy) -> None:
+    settings = rollout_settings(4, strategy)
+    expected, _ = run(settings)
+    actual, _ = run(settings, num_slots=num_slots)
+    assert_rows_equal(actual, expected)
+
+
+def test_the_batch_stays_full_until_the_prompts_run_out() -> None:
+    """A finished row's slot works for the next prompt from the very next forward on."""
+    trajectory, denoiser = run(rollout_settings(4), num_rows=30, num_slots=4)
+    sizes = [len(call.rows) for call in denoiser.forwards]
+    full = sizes.index(next(size for size in sizes if size < 4))
+    assert sizes[:full] == [4] * full and max(sizes[full:]) < 4, "after the first empty slot no prompt was waiting"
+    assert sum(sizes) == int(trajectory.num_forwards.sum())
+    assert all(call.rows.tolist() == sorted(set(call.rows.tolist())) for call in denoiser.forwards)
+    lock_step = [int(part.num_forwards.max()) for part in map(trajectory.index, torch.arange(30).split(4))]
+    assert len(sizes) < sum(lock_step)
+
+
+def test_a_new_row_opens_with_its_own_prompt_where_an_old_one_stood() -> None:
+    """Prompts are prefilled when their row gets its slot, and only if they are longer than a block."""
+    settings = rollout_settings(4)
+    _, denoiser = run(settings, num_slots=2)
+    prompt_len = random_prompts(12, 4)[1]
+    num_prefilled = sum(len(call.rows) for call in denoiser.prefills)
+    assert num_prefilled == int((prompt_len >= 8).sum()) and len(denoiser.prefills) > 1
