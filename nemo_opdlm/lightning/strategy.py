@@ -111,7 +111,7 @@ class MegatronStrategy(DDPStrategy):
         if self.cluster_environment.world_size() > 1 and not dist.is_initialized():
             # A launcher has set the address; one process alone gets a file store instead (parallel.initialize).
             _init_dist_connection(self.cluster_environment, self._get_process_group_backend(), timeout=self._timeout)
-        self.parallel = parallel.initialize(**self._layout)
+        self.parallel = parallel.initialize(**self._layout, local_rank=self.local_rank)
         _tell_nemo(self.parallel)
 
     @property

@@ -22,6 +22,10 @@ _CHECKPOINT_FILES = (".metadata", "metadata.json")
 Result = TypeVar("Result")
 
 
+class OtherRankError(RuntimeError):
+    """An action failed on another rank."""
+
+
 def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Run `action` on the first rank only; its result, or its exception, reaches every rank."""
     if not _is_distributed():
@@ -51,7 +55,7 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
         dist.all_gather_object(problems, None if problem is None else str(problem))
         elsewhere = next((text for text in problems if text is not None), None)
         if problem is None and elsewhere is not None:
-            problem = RuntimeError(f"another rank failed: {elsewhere}")
+            problem = OtherRankError(f"another rank failed: {elsewhere}")
     if problem is not None:
         raise problem
     return result

@@ -59,7 +59,9 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         keys, values = _gather_both(key, value, ctx.group)
-        query_grad, both_grad = torch.empty_like(query), keys.new_zeros(2, *keys.shape)
+        # Sums over many chunks and ranks: narrow ones would lose digits with every term.
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        query_grad, both_grad = torch.empty_like(query), keys.new_zeros(2, *keys.shape, dtype=wide)
         for start, stop in _chunks(query, keys):
             visible, mask = _prune(ctx.mask_of(start, stop))
             inputs = [query[:, :, start:stop], _pick(keys, visible), _pick(values, visible)]
@@ -70,8 +72,9 @@ class _ChunkedAttention(torch.autograd.Function):
             if visible is None:
                 both_grad += torch.stack(grads)
             else:
-                both_grad.index_add_(3, visible, torch.stack(grads))
-        return query_grad, *reduce_scatter_sequence(both_grad, ctx.group), None, None, None
+                both_grad.index_add_(3, visible, torch.stack(grads).to(wide))
+        key_grad, value_grad = reduce_scatter_sequence(both_grad, ctx.group).to(keys.dtype)
+        return query_grad, key_grad, value_grad, None, None, None
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

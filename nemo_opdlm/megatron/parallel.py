@@ -1,6 +1,5 @@
 """The parallel groups of one process: created here, passed explicitly to whoever needs them."""
 
-import functools
 import os
 import tempfile
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_opdlm.megatron.cpu import run_megatron_on_cpu, wants_cpu
-
-_num_layouts = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,10 @@ class ParallelContext:
         return values
 
 
+#: The layout of this process, once it has one.
+_current: ParallelContext | None = None
+
+
 def _init_process_group(timeout_minutes: float) -> None:
     """Join the launcher's process group, or make a group of one over a file store: never a fixed port."""
     backend = "gloo" if wants_cpu() else "nccl"
@@ -105,6 +106,7 @@ def initialize(
     context_parallel_size: int = 1,
     seed: int = 1234,
     timeout_minutes: float = 30,
+    local_rank: int | None = None,
 ) -> ParallelContext:
     """Join the process group and build Megatron's groups; a second call with the same layout returns the same groups.
 
@@ -113,6 +115,7 @@ def initialize(
         context_parallel_size: the layout; what is left of the world is data-parallel.
         seed: of Megatron's random states.
         timeout_minutes: after which a collective operation whose peers do not come fails.
+        local_rank: number of this process's GPU; None = as torchrun says. Slurm does not say it the same way.
 
     Raises:
         ValueError: the world size is no multiple of TP x PP x CP, or Megatron already runs with another layout.
@@ -140,9 +143,10 @@ def initialize(
         # The tracker's fork is a no-op on CPU: dropout must be 0, which the schema enforces.
         tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    context = _context(_num_layouts)
+    global _current
+    context = _current = _current or _context(timeout_minutes)
     found = (context.tp_size, context.pp_size, context.cp_size, context.virtual_size)
     if found != (*wanted, virtual_pipeline_model_parallel_size or 1):
         raise ValueError(
@@ -154,30 +158,28 @@ def initialize(
 
 def destroy() -> None:
     """Forget the layout, so that the same processes can take another one; every rank calls this."""
-    global _num_layouts
-    _num_layouts += 1
+    global _current
+    _current = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
 
 
-def _wrap_group(pipeline: dist.ProcessGroup) -> dist.ProcessGroup:
+def _wrap_group(pipeline: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
     """A second group of this pipeline's ranks under the interleaved schedule; every rank makes those of all pipelines."""
     if (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) == 1:
         return pipeline
     mine = dist.get_process_group_ranks(pipeline)
     everywhere: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in map(list, sorted({tuple(ranks) for ranks in everywhere}))}
-    return groups[tuple(mine)]
+    pipelines = sorted({tuple(ranks) for ranks in everywhere})
+    return {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines}[tuple(mine)]
 
 
-@functools.cache
-def _context(layout: int) -> ParallelContext:
-    """The place of this process; ``layout`` counts the layouts that it has had."""
+def _context(timeout_minutes: float) -> ParallelContext:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelContext(
         groups=groups,
-        wrap=_wrap_group(groups.pp),
+        wrap=_wrap_group(groups.pp, timedelta(minutes=timeout_minutes)),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings, decode
+from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, decode
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import CausalDenoiser, MegatronDenoiser
@@ -88,9 +88,10 @@ class RolloutEngine:
         on_progress: Callable[..., None] | None,
     ) -> Trajectory:
         batches = self._batches(*requests[1:3], settings.block_size)
+        report = _report_of_all(on_progress, [rows.numel() for rows, _ in batches])
         flights = [
-            partial(self._start, denoiser_type, tuple(part[rows] for part in requests), num_slots, settings, on_progress)
-            for rows, num_slots in batches
+            partial(self._start, denoiser_type, tuple(part[rows] for part in requests), num_slots, settings, report(number))
+            for number, (rows, num_slots) in enumerate(batches)
         ]
         was_training = self.model.training
         self.model.eval()
@@ -139,6 +140,25 @@ class RolloutEngine:
             self.model, cache, settings.block_size, settings.mask_token_id, self.sampling, self.forbidden
         )
         return Flight(decode(*requests, settings, on_progress, num_slots), denoiser)
+
+
+def _report_of_all(
+    on_progress: Callable[..., None] | None, num_rows: list[int]
+) -> Callable[[int], Callable[[RolloutProgress], None] | None]:
+    """Add up what batches that are in flight together report, as if they were one."""
+    states = [RolloutProgress(num_forwards=0, num_active=n, num_rows=n, num_tokens=0) for n in num_rows]
+
+    def report_of(number: int) -> Callable[[RolloutProgress], None] | None:
+        if on_progress is None:
+            return None
+
+        def report(progress: RolloutProgress) -> None:
+            states[number] = progress
+            on_progress({key: sum(state[key] for state in states) for key in progress})  # type: ignore[literal-required]
+
+        return report
+
+    return report_of
 
 
 def _cache_length(prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> int:

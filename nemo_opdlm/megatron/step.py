@@ -64,6 +64,8 @@ def micro_batches(
 
     Neither the cut, the order nor the split changes the loss: it is a sum over tokens divided by one global count.
     """
+    if rows.numel() == 0:
+        return []
     lengths = trajectory.prompt_len[rows] + trajectory.response_len[rows]
     by_length = rows[lengths.argsort(stable=True)]
     index = TargetIndex(trajectory.prompt_len, trajectory.response_len)

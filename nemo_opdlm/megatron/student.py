@@ -62,6 +62,19 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class LinearInputNorm(SequenceParallelRMSNorm):
+    """The norm in front of a linear layer: under autocast it hands over the dtype that the layer computes in.
+
+    The layer would cast its input to the same values. Under sequence parallelism Megatron scatters the input's gradient in
+    the dtype of the input that it was given, which has to be the gradient's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        out, kind = super().forward(x), x.device.type
+        return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+
+
 class HiddenStatesGPT(GPTModel):
     """GPTModel whose last stage returns the normed hidden states ``[B, S, hidden]`` instead of logits."""
 
@@ -140,7 +153,7 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
 def _layer_spec(arch: Architecture, context: AttentionContext) -> ModuleSpec:
     spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = LinearInputNorm
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     attention.core_attention = partial(BlockDiffusionAttention, context)
