@@ -72,10 +72,12 @@ class Recorder(OnPolicyDistiller):
 
     rollouts: list[Trajectory]
     replayed: Sequence[Trajectory] = ()
+    resumed: tuple[int, ...] = ()
     gradients: Path | None = None
 
     def _respond(self, rollout_step: int, samples: SampleBatch) -> Trajectory:
         if self.replayed:
+            assert rollout_step not in self.resumed, "the checkpoint holds this rollout batch"
             return self.replayed[rollout_step - 1]
         trajectory = super()._respond(rollout_step, samples)
         self.rollouts.append(trajectory)
@@ -108,6 +110,8 @@ class Recorder(OnPolicyDistiller):
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.scheduler.load_state_dict(plain["scheduler"])
         self.load_state_dict(plain["distiller"])
+        assert self.batch is not None
+        self.resumed = (self.batch.rollout_step,)
         return int(plain["step"])
 
 
@@ -126,7 +130,8 @@ def gradients_in_place_of_weights(model: StagedGPT) -> Iterator[None]:
 
 def configure(archive: str, layout: Layout, *overrides: str) -> Config:
     given = (f"model.restore_from_path={archive}", f"model.data.train_ds.file_path={PROMPTS}")
-    return parse(cli.compose("gpt_opdlm", [*given, *SETTINGS, *layout.overrides, *overrides]), Config)
+    last_wins = {item.partition("=")[0]: item for item in (*given, *SETTINGS, *layout.overrides, *overrides)}
+    return parse(cli.compose("gpt_opdlm", list(last_wins.values())), Config)
 
 
 def build(archive: str, layout: Layout, *overrides: str) -> Recorder:
@@ -157,7 +162,7 @@ def build(archive: str, layout: Layout, *overrides: str) -> Recorder:
 def _prompts(config: Config, tokenizer: Any, mask_token_id: int) -> PromptDataset:
     names = {field.name for field in fields(config.model.data.train_ds)} - {"file_path"}
     settings = {name: getattr(config.model.data.train_ds, name) for name in names}
-    return load_prompts(str(PROMPTS), tokenizer=tokenizer, mask_token_id=mask_token_id, **settings)
+    return load_prompts(str(config.model.data.train_ds.file_path), tokenizer=tokenizer, mask_token_id=mask_token_id, **settings)
 
 
 @dataclass(frozen=True)

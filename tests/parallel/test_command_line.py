@@ -91,10 +91,19 @@ def test_torchrun_on_four_ranks_gives_one_processs_metrics_and_one_process_goes_
 
 
 @pytest.mark.timeout(300)
-def test_a_slurm_job_of_two_tasks_is_one_data_parallel_run(
-    glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        ("model.context_parallel_size=2",),
+        ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+    ],
+    ids=["DP2", "CP2", "TP2+SP"],
+)
+def test_a_slurm_job_of_two_tasks_is_one_run(
+    layout: tuple[str, ...], glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Two processes with the variables that srun gives its tasks."""
+    """Two processes with the variables that srun gives its tasks, validation and checkpoints included."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,6 +127,7 @@ def test_a_slurm_job_of_two_tasks_is_one_data_parallel_run(
         f"exp_manager.explicit_log_dir={tmp_path}",
         "trainer.devices=2",
         "trainer.max_steps=2",
+        *layout,
     ]
     tasks = [
         subprocess.Popen(

@@ -64,6 +64,17 @@ def test_recorded_rollouts_give_the_same_curve_in_every_layout(
         assert_same_curve(outcome, recorded.metrics, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "VPP2", "CP2"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_half_precision_is_the_same_in_every_layout_to_its_own_rounding(
+    precision: str, name: str, recorded: Outcome, glassllm: str, fleet: Fleet
+) -> None:
+    options = {"overrides": (f"trainer.precision={precision}",), "replayed": recorded.rollouts}
+    expected = fleet.train("1", glassllm, 6, **options)[0]
+    for outcome in fleet.train(name, glassllm, 6, **options):
+        assert_same_curve(outcome, expected.metrics, 1e-2)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
