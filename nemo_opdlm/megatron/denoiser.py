@@ -41,7 +41,7 @@ class MegatronDenoiser:
 
     Args:
         model: the network, read in place.
-        cache: one slot per row of the batch.
+        cache: a slot for every row that is decoded at a time.
         block_size: tokens of a block.
         mask_token_id: only positions holding it reach the LM head.
         sampling: temperature and filters of the proposals.
@@ -65,15 +65,15 @@ class MegatronDenoiser:
         self.forbidden = forbidden
         self.head = LMHead(model)
 
-    def prefill(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
+    def prefill(self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
         """Write keys and values of whole prompt blocks ``[A, Q]``."""
-        self.forward(self.prepare(Query(rows, token_ids, position_ids, valid, None)))
+        self.forward(self.prepare(Query(slots, token_ids, position_ids, valid, None)))
 
     def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
+        self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
     ) -> Proposal:
         """Proposals ``[A, b]`` for the last b columns of the query ``[A, Q]``; writes the keys of all its tokens."""
-        forward = self.prepare(Query(rows, token_ids, position_ids, valid, uniform))
+        forward = self.prepare(Query(slots, token_ids, position_ids, valid, uniform))
         return self.read(forward, self.forward(forward))
 
     def prepare(self, query: Query) -> Forward:
@@ -117,18 +117,18 @@ class MegatronDenoiser:
 
     def _pack(self, query: Query, asked: Tensor, is_masked: Tensor) -> Forward:
         """Pack the valid tokens of a query; ``asked [A, Q]`` marks those whose logits answer it."""
-        rows, _, position_ids, valid, uniform = query
+        slots, _, position_ids, valid, uniform = query
         row, column = valid.nonzero(as_tuple=True)
         packed_positions = position_ids[row, column]
         visible = int(packed_positions.max()) + 1
-        document = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        keys = torch.arange(visible, device=rows.device)[None].expand(rows.shape[0], -1)
+        document = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        keys = torch.arange(visible, device=slots.device)[None].expand(slots.shape[0], -1)
         may_attend = dense(
             self.model.attention.rule,
             self._attributes(document.expand_as(position_ids), position_ids),
             self._attributes(document.expand_as(keys), keys),
         )
-        cached = CachedQuery(rows, row, column, packed_positions, may_attend, is_full=row.numel() == valid.numel())
+        cached = CachedQuery(slots, row, column, packed_positions, may_attend, is_full=row.numel() == valid.numel())
         # Sequence parallelism cuts the packed tokens into equal parts; what fills them up reaches no cache.
         multiple = self.model.parallel.tp_size if self.model.config.sequence_parallel else 1
         filler = (0, -row.numel() % multiple)
@@ -159,7 +159,7 @@ class CausalDenoiser(MegatronDenoiser):
         if query.uniform is None:
             return super().prepare(query)
         assert query.token_ids.shape[1] == 2, "autoregressive decoding needs a prompt token to start from"
-        rows, *columns = query[:-1]
-        pending = Query(rows, *(x[:, :1] for x in columns), query.uniform)
+        slots, *columns = query[:-1]
+        pending = Query(slots, *(x[:, :1] for x in columns), query.uniform)
         everywhere = torch.ones_like(pending.valid)
         return self._pack(pending, everywhere, everywhere)

@@ -67,6 +67,24 @@ class Layout:
         )
 
 
+#: Name -> number of ranks, layout.
+LAYOUTS = {
+    "1": (1, Layout()),
+    "TP2": (2, Layout(tensor=2)),
+    "TP2+SP": (2, Layout(tensor=2, sequence=True)),
+    "PP2": (2, Layout(pipeline=2)),
+    "VPP2": (2, Layout(pipeline=2, virtual=2)),
+    "CP2": (2, Layout(context=2)),
+    "DP2": (2, Layout()),
+    "TP2xPP2": (4, Layout(tensor=2, pipeline=2)),
+    "TP2+SPxCP2": (4, Layout(tensor=2, sequence=True, context=2)),
+    "PP2xDP2": (4, Layout(pipeline=2)),
+    "CP2xDP2": (4, Layout(context=2)),
+    "TP2+SPxPP2": (4, Layout(tensor=2, sequence=True, pipeline=2)),
+    "VPP2xCP2": (4, Layout(pipeline=2, virtual=2, context=2)),
+}
+
+
 class Recorder(OnPolicyDistiller):
     """Keeps its rollouts, or replays recorded ones; writes the gradients of its updates as checkpoints."""
 
