@@ -6,6 +6,7 @@ both kinds leave the same files.
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,7 @@ class ShardedWrite:
         self._directory = directory
         self._common = dict_list_map_outplace(_copied, common) if copy else common
         self._write_beside = write_beside
+        self._writing, self._cancelled = threading.Lock(), False
         self._results: list[WriteResult] = []
         self._error: BaseException | None = RuntimeError("its files were not written")
         self._writer = _CopiesWriter(directory) if copy else _Writer(directory)
@@ -74,18 +76,27 @@ class ShardedWrite:
 
     def write(self) -> None:
         """Write this rank's files; it talks to no other rank. What goes wrong is raised by `finish`, on every rank."""
-        try:
-            self._results = self._writer.write_data(self._plan, self._planner).wait()
-            if self._ranks.is_coordinator:
-                self._write_plain_files()
-            self._error = None
-        except BaseException as error:
-            self._error = error
+        with self._writing:
+            if self._cancelled:
+                return
+            try:
+                self._results = self._writer.write_data(self._plan, self._planner).wait()
+                if self._ranks.is_coordinator:
+                    self._write_plain_files()
+                self._error = None
+            except BaseException as error:
+                self._error = error
 
     def cancel(self) -> None:
-        """Let a `write` on another thread end at the next tensor; the folder never becomes a checkpoint."""
+        """Stop a `write` on another thread at the next tensor; when this returns, it makes no more files in the folder.
+
+        The folder never becomes a checkpoint.
+        """
+        self._cancelled = True
         if isinstance(self._planner, _CopyingPlanner):
             self._planner.drop()
+        with self._writing:
+            pass
 
     def finish(self) -> None:
         """Write the index once every rank has written; every rank calls this.

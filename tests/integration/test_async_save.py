@@ -197,6 +197,30 @@ def test_saves_given_up_leave_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not finished and not list(tmp_path.iterdir())
 
 
+def test_save_given_up_while_it_writes_ends_before_its_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, saves, fsync = make_model(), AsyncCheckpointIO(), os.fsync
+    writing, go = threading.Event(), threading.Event()
+
+    def slow(file: int) -> None:
+        writing.set()
+        assert go.wait(60)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    train(model, range(1))
+    finished = later(saves, checkpoint_of(model), tmp_path / "checkpoint")
+    assert writing.wait(60)
+    giving_up = threading.Thread(target=saves.give_up)
+    giving_up.start()
+    giving_up.join(0.2)
+    assert giving_up.is_alive() and list(tmp_path.glob(".saving-*"))
+    go.set()
+    giving_up.join(60)
+    assert not finished and not list(tmp_path.iterdir())
+
+
 def test_two_ranks_finish_together_and_fail_together(tmp_path: Path) -> None:
     spawn(save_on_two_ranks, args=(tmp_path,), nprocs=2)
 
