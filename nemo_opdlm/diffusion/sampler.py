@@ -14,39 +14,44 @@ from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajec
 from nemo_opdlm.rng import Stream, uniform
 
 _PAD = 0
-
-
-class Denoiser(Protocol):
-    """A network with a cache of keys and values, as the sampler sees it: tokens in, proposals out, never logits.
-
-    ``slots [A]`` are the cache slots that take part, in rising order; ``valid [A, Q]`` says which places of the query hold
-    a token. Every query token sees its slot's cache before its block, and its own block. A query from position 0 on
-    begins a new row in its slot: what the slot held is never seen again.
-    """
-
-    def prefill(self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
-        """Write the keys and values of whole prompt blocks ``[A, Q]`` under the block-causal rule."""
-        ...
-
-    def propose(
-        self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
-        """Propose tokens for a block, ``[A, b]``; read at its masks only.
-
-        The query ``[A, Q]`` ends with the block. With Q = 2b it opens with the finished block before it, whose keys
-        and values this forward also writes (rows without one are not ``valid`` there).
-        """
-        ...
+#: Blocks that the number of visible keys is rounded up to, where shapes are to be few.
+_KEYS_MULTIPLE = 32
 
 
 class Query(NamedTuple):
-    """What the sampler asks of the network: a prefill where ``uniform`` is None, else proposals (see `Denoiser`)."""
+    """What the sampler asks of the network: a prefill where ``uniform`` is None, else proposals for a block.
+
+    Every query token sees its slot's cache before its block, and its own block. A query from position 0 on begins a new
+    row in its slot: what the slot held is never seen again. Keys and values of all tokens are written to the cache.
+
+    Attributes:
+        slots: int64 ``[A]``, the cache slots that take part, in rising order.
+        token_ids: int64 ``[A, Q]``. A prefill has whole prompt blocks, seen under the block-causal rule. A proposal's
+            query ends with the block; with Q = 2b it opens with the finished block before it.
+        position_ids: int64 ``[A, Q]``; negative where a token is to be computed with the others, but to leave no trace.
+        valid: bool ``[A, Q]`` on the host, which places hold a token.
+        num_keys: no position of the query is as large.
+        uniform: ``[A, b]``, random numbers of the proposals.
+    """
 
     slots: Tensor
     token_ids: Tensor
     position_ids: Tensor
     valid: Tensor
+    num_keys: int
     uniform: Tensor | None
+
+
+class Denoiser(Protocol):
+    """A network with a cache of keys and values, as the sampler sees it: tokens in, proposals out, never logits."""
+
+    def prefill(self, query: Query) -> None:
+        """Write the keys and values of whole prompt blocks under the block-causal rule."""
+        ...
+
+    def propose(self, query: Query) -> Proposal:
+        """Propose tokens for a block, ``[A, b]``; read at its masks only."""
+        ...
 
 
 class RolloutProgress(TypedDict):
@@ -98,9 +103,10 @@ def rollout(
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
+    late_reads: bool = False,
 ) -> Trajectory:
     """Answer prompts with one network that answers at once; see `decode` for the arguments."""
-    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots)
+    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
     answer: Proposal | None = None
     while True:
         try:
@@ -109,10 +115,10 @@ def rollout(
             trajectory: Trajectory = end.value
             return trajectory
         if query.uniform is None:
-            denoiser.prefill(*query[:-1])
+            denoiser.prefill(query)
             answer = None
         else:
-            answer = denoiser.propose(*query[:-1], query.uniform)
+            answer = denoiser.propose(query)
 
 
 def decode(
@@ -123,6 +129,7 @@ def decode(
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
+    late_reads: bool = False,
 ) -> Generator[Query, Proposal | None, Trajectory]:
     """Answer prompts. A row's answer does not depend on the rows beside it, nor on their order or slot.
 
@@ -142,8 +149,11 @@ def decode(
         settings: how to decode.
         on_progress: called before each forward and once at the end.
         num_slots: rows that are decoded at a time, those of the cache; None for all of them.
+        late_reads: use what is read from the device one forward later, so that the host need not wait for the forward
+            that it has just asked for. The answers are the same. A finished row keeps its slot for one forward more, which
+            leaves no trace, and the shapes of queries are few: every row brings two blocks, slots are halved at the end.
     """
-    canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots)
+    canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
     while (blocks := canvas.open_blocks()) is not None:
         prefill = canvas.prefill(blocks)
         if prefill is not None:
@@ -156,30 +166,103 @@ def decode(
         )
         canvas.reveal(blocks, reveal, proposal)
         canvas.advance(blocks, is_complete=~(masked & ~reveal).any(-1))
+        canvas.tell(blocks)
     return canvas.trajectory()
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks ``[A, b]`` that one forward denoises, one in each occupied slot.
+    """The blocks ``[A, b]`` that one forward denoises, one in each slot that takes part.
 
     Attributes:
         rows, slots: int64 ``[A]``, in the order of the slots.
         positions: int64 ``[A, b]``.
-        is_new: bool ``[A]``, rows that have just got their slot; on the CPU.
-        any_pending: whether any row has a finished block that is not cached yet.
+        host_rows, host_slots: rows and slots on the host.
+        is_new: bool ``[A]``, rows that have just got their slot; on the host.
+        is_pending: bool ``[A]``, rows that may have a finished block that is not cached yet; on the host.
+        num_keys: no position of the blocks is as large.
     """
 
     rows: Tensor
     slots: Tensor
     positions: Tensor
+    host_rows: Tensor
+    host_slots: Tensor
     is_new: Tensor
-    any_pending: bool
+    is_pending: Tensor
+    num_keys: int
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
         """Index of the blocks in the canvas."""
         return self.rows[:, None], self.positions
+
+
+class _Status:
+    """What the host is told of rows ``[A]`` after a forward; on a GPU it does not wait for it before it reads.
+
+    Args:
+        rows, slots: of the forward, on the host.
+        columns: integers of each row, ``[C, A]`` on the device.
+    """
+
+    def __init__(self, rows: Tensor, slots: Tensor, columns: Tensor) -> None:
+        self.rows, self.slots = rows, slots
+        self._columns, self._arrived = columns, None
+        if columns.is_cuda:
+            self._columns = torch.empty(columns.shape, dtype=columns.dtype, pin_memory=True)
+            self._columns.copy_(columns, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The columns on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._columns
+
+
+class _Slots:
+    """What the host knows of the slots ``[S]``: which row each of them holds, and how far that was when last heard of.
+
+    Attributes:
+        row: the row that it holds, or held.
+        is_free: whether its row is finished.
+        start: first position of the row's block.
+        is_pending: whether the row has a finished block that is not cached yet.
+    """
+
+    def __init__(self, num_slots: int, num_rows: int) -> None:
+        self.row = torch.full((num_slots,), -1)
+        self.is_free = torch.ones(num_slots, dtype=torch.bool)
+        self.start = torch.zeros(num_slots, dtype=torch.int64)
+        self.is_pending = torch.zeros(num_slots, dtype=torch.bool)
+        self.num_waiting = num_rows
+        self._num_rows = num_rows
+
+    def fill(self, starts: Tensor) -> Tensor:
+        """Give free slots to the next rows, whose first blocks begin at ``starts [B]``; which were given, bool ``[S]``."""
+        free = self.is_free.nonzero()[: self.num_waiting, 0]
+        first = self._num_rows - self.num_waiting
+        rows = torch.arange(first, first + free.numel())
+        self.num_waiting -= free.numel()
+        self.row[free], self.is_free[free] = rows, False
+        self.start[free], self.is_pending[free] = starts[rows], starts[rows] > 0
+        is_new = torch.zeros_like(self.is_free)
+        is_new[free] = True
+        return is_new
+
+    def taking_part(self, in_few_sizes: bool) -> Tensor:
+        """The slots that are not free; with some that are, so that their number is a halving of S, if it is to be."""
+        is_free, size = self.is_free, self.is_free.numel()
+        num_open = size - int(is_free.sum())
+        if in_few_sizes and num_open > 0:
+            while (size + 1) // 2 >= num_open and size > 1:
+                size = (size + 1) // 2
+            fillers = is_free.nonzero()[: size - num_open, 0]
+            is_free = is_free.clone()
+            is_free[fillers] = False
+        return (~is_free).nonzero()[:, 0]
 
 
 class _Canvas:
@@ -194,16 +277,16 @@ class _Canvas:
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None,
         num_slots: int | None,
+        late_reads: bool,
     ) -> None:
         _check_lengths(prompt_ids, prompt_len, max_new_tokens)
         self.settings = settings
         self.on_progress = on_progress
         num_rows = prompt_len.numel()
-        # What the host has to know to hand out slots: the row in each of them (-1: none) and the first row without one.
-        self._row_of_slot = torch.full((min(num_slots or num_rows, num_rows),), -1)
-        self._next_row = 0
-        self._num_forwards = self._num_tokens_of_finished = 0
-        self._starts_pending = (prompt_len >= self.settings.block_size).cpu()
+        self.late_reads = late_reads
+        self.slots = _Slots(min(num_slots or num_rows, num_rows), num_rows)
+        self._statuses: list[_Status] = []
+        self._num_forwards = self._num_tokens_of_finished = self._num_tokens_of_open = 0
         self.block_size = settings.block_size
         self.prompt_len = prompt_len
         self.limit_end = prompt_len + max_new_tokens
@@ -216,6 +299,7 @@ class _Canvas:
         self.unmask_step = torch.full_like(self.token_ids, NEVER_UNMASKED, dtype=torch.int32).masked_fill(in_prompt, 0)
         self.confidence = torch.zeros_like(self.token_ids, dtype=torch.float32)
         self.block_start = prompt_len - prompt_len % self.block_size
+        self._first_starts = self.block_start.cpu()
         self.has_pending = self.block_start > 0
         self.denoising_step = torch.zeros_like(prompt_len)
         self.num_forwards = torch.zeros_like(prompt_len)
@@ -225,79 +309,101 @@ class _Canvas:
         self.quotas = quota(self.block_size, settings.denoising_steps).to(prompt_ids.device)
         self.end_token_ids = torch.tensor(settings.end_token_ids, dtype=torch.int64, device=prompt_ids.device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.token_ids.device
+
     def prefill(self, blocks: _Blocks) -> Query | None:
         """The whole prompt blocks of new rows but the last, which is committed by the first denoising forward."""
-        if not bool(blocks.is_new.any()):
-            return None
-        new = blocks.is_new.nonzero()[:, 0].to(blocks.rows.device)
-        rows, slots = blocks.rows[new], blocks.slots[new]
-        prefill_len = self.block_start[rows] - self.block_size
-        longer = (prefill_len > 0).nonzero()[:, 0]
+        prefill_len = self._first_starts[blocks.host_rows] - self.block_size
+        longer = (blocks.is_new & (prefill_len > 0)).nonzero()[:, 0]
         if longer.numel() == 0:
             return None
-        rows, slots, prefill_len = rows[longer], slots[longer], prefill_len[longer]
-        width = int(prefill_len.max())
-        positions = torch.arange(width, device=rows.device).expand(rows.numel(), -1)
-        return Query(slots, self.token_ids[rows, :width], positions, positions < prefill_len[:, None], None)
+        width = int(prefill_len[longer].max())
+        valid = torch.arange(width) < prefill_len[longer, None]
+        longer = longer.to(self.device)
+        positions = torch.arange(width, device=self.device).expand(longer.numel(), -1)
+        return Query(
+            blocks.slots[longer], self.token_ids[blocks.rows[longer], :width], positions, valid, width, uniform=None
+        )
 
     def open_blocks(self) -> _Blocks | None:
-        """The blocks to denoise now, None when every row is finished; reads the device once."""
-        slots = (self._row_of_slot >= 0).nonzero()[:, 0]
-        any_pending, num_tokens = self._read(slots)
-        is_new = self._fill_slots()
-        slots = (self._row_of_slot >= 0).nonzero()[:, 0]
-        rows = self._row_of_slot[slots]
+        """The blocks to denoise now, None when every row is finished."""
+        while len(self._statuses) > self.late_reads:
+            self._take_in(self._statuses.pop(0))
+        is_new = self.slots.fill(self._first_starts)
+        self._report()
+        host_slots = self.slots.taking_part(in_few_sizes=self.late_reads)
+        if host_slots.numel() == 0:
+            return None
+        self._num_forwards += 1
+        host_rows, starts = self.slots.row[host_slots], self.slots.start[host_slots]
+        rows, slots = torch.stack([host_rows, host_slots]).to(self.device)
+        # A row that is finished, of which the host may not have heard, takes part in no forward.
+        self.num_forwards[rows] += self.response_len[rows] == 0
+        return _Blocks(
+            rows,
+            slots,
+            self.block_start[rows, None] + self.offsets,
+            host_rows,
+            host_slots,
+            is_new[host_slots],
+            self.slots.is_pending[host_slots] | self.late_reads,
+            self._num_keys(int(starts.max())),
+        )
+
+    def _num_keys(self, start: int) -> int:
+        """End of the block at ``start``; where reads are late of the one behind it, rounded up to few sizes."""
+        if not self.late_reads:
+            return start + self.block_size
+        multiple = _KEYS_MULTIPLE * self.block_size
+        return min(-(-(start + 2 * self.block_size) // multiple) * multiple, self.token_ids.shape[1])
+
+    def tell(self, blocks: _Blocks) -> None:
+        """Send the state of the rows to the host: the one read of a forward."""
+        num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
+        columns = (self.response_len == 0, self.has_pending, self.denoising_step, self.block_start, num_tokens)
+        on_device = torch.stack([column[blocks.rows].long() for column in columns])
+        self._statuses.append(_Status(blocks.host_rows, blocks.host_slots, on_device))
+
+    def _take_in(self, status: _Status) -> None:
+        """Free the slots of finished rows, and note how far the others are."""
+        is_open, is_pending, denoising_step, start, num_tokens = status.read()
+        # Rows that got their slot since are not meant, nor those whose end is known.
+        is_meant = (self.slots.row[status.slots] == status.rows) & ~self.slots.is_free[status.slots]
+        is_open = is_open.bool()
+        assert bool((denoising_step[is_open] < self.settings.denoising_steps).all()), "the quotas left a mask behind"
+        slots, is_open, start = status.slots[is_meant], is_open[is_meant], start[is_meant]
+        num_tokens = num_tokens[is_meant]
+        self.slots.is_free[slots[~is_open]] = True
+        self.slots.start[slots], self.slots.is_pending[slots] = start, is_pending[is_meant].bool()
+        # The last block of a finished row counts as well.
+        self._num_tokens_of_finished += int((num_tokens + self.block_size)[~is_open].sum())
+        self._num_tokens_of_open = int(num_tokens[is_open].sum())
+
+    def _report(self) -> None:
         if self.on_progress is not None:
-            waiting = self.prompt_len.numel() - self._next_row
             self.on_progress(
                 RolloutProgress(
                     num_forwards=self._num_forwards,
-                    num_active=rows.numel() + waiting,
+                    num_active=int((~self.slots.is_free).sum()) + self.slots.num_waiting,
                     num_rows=self.prompt_len.numel(),
-                    num_tokens=self._num_tokens_of_finished + num_tokens,
+                    num_tokens=self._num_tokens_of_finished + self._num_tokens_of_open,
                 )
             )
-        if rows.numel() == 0:
-            return None
-        self._num_forwards += 1
-        device = self.token_ids.device
-        is_new = is_new[slots]
-        any_pending = any_pending or bool(self._starts_pending[rows[is_new]].any())
-        rows = rows.to(device)
-        self.num_forwards[rows] += 1
-        return _Blocks(rows, slots.to(device), self.block_start[rows, None] + self.offsets, is_new, any_pending)
-
-    def _read(self, slots: Tensor) -> tuple[bool, int]:
-        """Free the slots of finished rows; whether any other row has a pending block, and how many tokens they have."""
-        if slots.numel() == 0:
-            return False, 0
-        rows = self._row_of_slot[slots].to(self.token_ids.device)
-        num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
-        status = [self.response_len == 0, self.has_pending, self.denoising_step, num_tokens]
-        is_open, has_pending, denoising_step, num_tokens = torch.stack([x[rows].long() for x in status]).cpu()
-        is_open = is_open.bool()
-        assert bool((denoising_step[is_open] < self.settings.denoising_steps).all()), "the quotas left a mask behind"
-        self._row_of_slot[slots[~is_open]] = -1
-        self._num_tokens_of_finished += int(num_tokens[~is_open].sum())
-        return bool(has_pending[is_open].any()), int(num_tokens[is_open].sum())
-
-    def _fill_slots(self) -> Tensor:
-        """Give free slots to the next rows; which slots were given, bool ``[S]``."""
-        is_free = self._row_of_slot < 0
-        free = is_free.nonzero()[: self.prompt_len.numel() - self._next_row, 0]
-        self._row_of_slot[free] = torch.arange(self._next_row, self._next_row + free.numel())
-        self._next_row += free.numel()
-        return is_free & (self._row_of_slot >= 0)
 
     def query(self, blocks: _Blocks) -> Query:
         """``[pending | block]``, or the blocks alone where nothing is pending."""
         rows, positions = blocks.rows, blocks.positions
-        valid = torch.ones_like(positions, dtype=torch.bool)
-        if blocks.any_pending:
-            valid = torch.cat([valid & self.has_pending[rows, None], valid], 1)
-            positions = torch.cat([(positions - self.block_size).clamp(min=0), positions], 1)
+        valid = torch.ones(positions.shape, dtype=torch.bool)
+        if bool(blocks.is_pending.any()):
+            valid = torch.cat([valid & blocks.is_pending[:, None], valid], 1)
+            pending = torch.where(self.has_pending[rows, None], positions - self.block_size, -1)
+            positions = torch.cat([pending, positions], 1)
+        token_ids = self.token_ids[rows[:, None], positions.clamp(min=0)]
         uniform = self.uniform(Stream.PROPOSAL, blocks)
-        return Query(blocks.slots, self.token_ids[rows[:, None], positions], positions, valid, uniform)
+        return Query(blocks.slots, token_ids, positions, valid, blocks.num_keys, uniform)
 
     def uniform(self, stream: Stream, blocks: _Blocks) -> Tensor:
         """Random numbers ``[A, b]`` of this forward, keyed by sample, position and the row's own count of forwards."""
@@ -330,13 +436,15 @@ class _Canvas:
         is_finished = is_complete & (has_end | (positions[:, -1] >= limit_end - 1))
         self.response_len[rows] = torch.where(is_finished, response_end - start, 0)
         self.finish_reason[rows] = torch.where(has_end, int(FinishReason.END_OF_TURN), int(FinishReason.LENGTH))
-        self.block_start[rows] += self.block_size * is_complete
-        self.has_pending[rows] = is_complete
+        # A finished row stays at its last block, so that a forward more, which reveals nothing, changes nothing.
+        goes_on = is_complete & ~is_finished
+        self.block_start[rows] += self.block_size * goes_on
+        self.has_pending[rows] = goes_on
         self.denoising_step[rows] = torch.where(is_complete, 0, self.denoising_step[rows] + 1)
 
     def trajectory(self) -> Trajectory:
         """The finished record, cut to the longest row."""
-        row_end = self.block_start  # every row has advanced past its final block
+        row_end = self.block_start + self.block_size
         width = int(row_end.max())
         beyond = torch.arange(width, device=row_end.device) >= row_end[:, None]
         return Trajectory(

@@ -48,7 +48,9 @@ class CachedQuery:
         slots: ``[A]`` cache slot of each row.
         token_row, token_column: ``[T]`` place of each packed token in the ``[A, Q]`` query.
         position_ids: ``[T]`` absolute position of each packed token, where its key and value are written.
-        may_attend: bool ``[A, 1, Q, K]`` over the first K cache positions.
+        may_attend: bool ``[A, 1, heads * Q, K]`` over the first K cache positions.
+        heads: query heads of a group that are attended as further rows of one head: a group's keys are then read once.
+            1: not so, the kernel pairs heads and groups.
         is_full: whether every place of the query holds a token, T = A * Q.
     """
 
@@ -57,14 +59,16 @@ class CachedQuery:
     token_column: Tensor
     position_ids: Tensor
     may_attend: Tensor
+    heads: int
     is_full: bool
 
 
 class KVCache:
-    """Keys and values by slot and absolute position, per layer ``[slots, groups, length, head_dim]``.
+    """Keys and values by slot and absolute position, per layer ``[slots, groups, length + 1, head_dim]``.
 
     Every forward writes the keys of all its query tokens at their positions. Keys of a block that is still being denoised are
-    overwritten by the next forward; keys beyond a query's own block are never visible, so nothing needs to be erased.
+    overwritten by the next forward; keys beyond a query's own block are never visible, so nothing needs to be erased. The
+    place behind the last position takes what is to leave no trace.
     """
 
     def __init__(self, num_slots: int, length: int) -> None:
@@ -77,7 +81,7 @@ class KVCache:
         """Write ``key``/``value [T, groups, head_dim]`` and return the visible ``[A, groups, K, head_dim]`` of the rows."""
         assert self.query is not None
         if layer_number not in self._layers:
-            shape = (self.num_slots, key.shape[1], self.length, key.shape[2])
+            shape = (self.num_slots, key.shape[1], self.length + 1, key.shape[2])
             self._layers[layer_number] = (key.new_zeros(shape), value.new_zeros(shape))
         slots = self.query.slots
         visible = self.query.may_attend.shape[-1]
@@ -91,7 +95,7 @@ class KVCache:
         return views[0], views[1]
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[slots, groups, length, head_dim]`` of a layer (from 1) that has been written."""
+        """Keys and values ``[slots, groups, length + 1, head_dim]`` of a layer (from 1) that has been written."""
         return self._layers[layer_number]
 
 
@@ -237,15 +241,18 @@ class BlockDiffusionAttention(torch.nn.Module):
         num_tokens, num_filler = step.token_row.numel(), query.shape[0] - step.token_row.numel()
         query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
         cached_key, cached_value = cache.update(self.layer_number, key, value)
-        num_rows, _, width, _ = step.may_attend.shape
+        num_rows, width = step.may_attend.shape[0], step.may_attend.shape[2] // step.heads
         if step.is_full:
             padded = query.view(num_rows, width, *query.shape[1:])
         else:
             padded = query.new_zeros(num_rows, width, *query.shape[1:])
             padded[step.token_row, step.token_column] = query
-        out = self._attend(padded.transpose(1, 2), cached_key, cached_value, step.may_attend).transpose(1, 2)
+        # [A, Q, heads, head_dim] -> [A, heads, Q, head_dim], or [A, groups, heads of a group * Q, head_dim].
+        padded = padded.unflatten(2, (-1, step.heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = self._attend(padded, cached_key, cached_value, step.may_attend)
+        out = out.unflatten(2, (step.heads, width)).permute(0, 3, 1, 2, 4).flatten(2)
         out = out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
-        return F.pad(out.flatten(1), (0, 0, 0, num_filler)).unsqueeze(1)
+        return F.pad(out, (0, 0, 0, num_filler)).unsqueeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None) -> Tensor:
         is_grouped = query.shape[1] != key.shape[1]

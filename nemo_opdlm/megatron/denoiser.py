@@ -23,8 +23,8 @@ class Forward:
         token_ids: ``[1, T]``, filled up to equal parts under sequence parallelism.
         attributes: of each packed token, ``[1, T]``.
         cached: where keys and values go, and who may attend to whom.
-        asked: ``[M]`` packed tokens whose logits answer the query, in row-major order of ``is_masked``.
-        is_masked: bool ``[A, b]`` places of the block that are proposed for.
+        asked: ``[M]`` packed tokens whose logits answer the query, in row-major order of ``is_asked``.
+        is_asked: bool ``[A, b]`` places of the block that are proposed for; None for all of them.
         uniform: ``[A, b]`` random numbers of the proposals; None for a prefill.
     """
 
@@ -32,7 +32,7 @@ class Forward:
     attributes: TokenAttributes
     cached: CachedQuery
     asked: Tensor
-    is_masked: Tensor
+    is_asked: Tensor | None
     uniform: Tensor | None
 
 
@@ -46,6 +46,8 @@ class MegatronDenoiser:
         mask_token_id: only positions holding it reach the LM head.
         sampling: temperature and filters of the proposals.
         forbidden: bool ``[V]``, tokens that are never proposed.
+        fixed_shapes: propose for whole blocks, so that no shape depends on what is on the device, which would have to be
+            waited for.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class MegatronDenoiser:
         mask_token_id: int,
         sampling: SamplingParams,
         forbidden: Tensor,
+        *,
+        fixed_shapes: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -63,25 +67,23 @@ class MegatronDenoiser:
         self.mask_token_id = mask_token_id
         self.sampling = sampling
         self.forbidden = forbidden
+        self.fixed_shapes = fixed_shapes
         self.head = LMHead(model)
 
-    def prefill(self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
+    def prefill(self, query: Query) -> None:
         """Write keys and values of whole prompt blocks ``[A, Q]``."""
-        self.forward(self.prepare(Query(slots, token_ids, position_ids, valid, None)))
+        self.forward(self.prepare(query))
 
-    def propose(
-        self, slots: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
+    def propose(self, query: Query) -> Proposal:
         """Proposals ``[A, b]`` for the last b columns of the query ``[A, Q]``; writes the keys of all its tokens."""
-        forward = self.prepare(Query(slots, token_ids, position_ids, valid, uniform))
+        forward = self.prepare(query)
         return self.read(forward, self.forward(forward))
 
     def prepare(self, query: Query) -> Forward:
         """What every stage of the pipeline has to know of the forward that answers a query."""
-        is_masked = query.token_ids[:, -self.block_size :] == self.mask_token_id
-        asked = torch.zeros_like(query.valid)
-        asked[:, -self.block_size :] = is_masked
-        return self._pack(query, asked, is_masked)
+        if query.uniform is None or self.fixed_shapes:
+            return self._pack(query, None)
+        return self._pack(query, query.token_ids[:, -self.block_size :] == self.mask_token_id)
 
     def forward(self, forward: Forward) -> Tensor:
         """Run it through all chunks of a network that is whole on this rank; its last hidden states ``[T, hidden]``."""
@@ -104,31 +106,40 @@ class MegatronDenoiser:
         assert forward.uniform is not None
         logits, vocab = self.logits(hidden[forward.asked]), self.head.vocab
         forbidden = local_columns(self.forbidden, logits.shape[-1], vocab)
-        at_masks = propose(logits, forward.uniform[forward.is_masked], self.sampling, forbidden, vocab)
-        token_ids = torch.zeros_like(forward.is_masked, dtype=torch.int64)
-        token_ids[forward.is_masked] = at_masks.token_ids
+        if forward.is_asked is None:
+            proposal = propose(logits, forward.uniform.flatten(), self.sampling, forbidden, vocab)
+            shape = forward.uniform.shape
+            return Proposal(
+                proposal.token_ids.view(shape), proposal.confidence.view(shape), proposal.entropy.view(shape)
+            )
+        at_masks = propose(logits, forward.uniform[forward.is_asked], self.sampling, forbidden, vocab)
+        token_ids = torch.zeros_like(forward.is_asked, dtype=torch.int64)
+        token_ids[forward.is_asked] = at_masks.token_ids
         confidence, entropy = (forward.uniform.new_zeros(token_ids.shape, dtype=torch.float32) for _ in range(2))
-        confidence[forward.is_masked], entropy[forward.is_masked] = at_masks.confidence, at_masks.entropy
+        confidence[forward.is_asked], entropy[forward.is_asked] = at_masks.confidence, at_masks.entropy
         return Proposal(token_ids, confidence, entropy)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[T, V_local]`` of the rows asked for; the one place where a rollout's logits exist."""
         return self.head.logits(hidden)
 
-    def _pack(self, query: Query, asked: Tensor, is_masked: Tensor) -> Forward:
-        """Pack the valid tokens of a query; ``asked [A, Q]`` marks those whose logits answer it."""
-        slots, _, position_ids, valid, uniform = query
-        row, column = valid.nonzero(as_tuple=True)
+    def _pack(self, query: Query, is_asked: Tensor | None) -> Forward:
+        """Pack the valid tokens of a query; ``is_asked [A, b]``: see `Forward`."""
+        slots, valid, device = query.slots, query.valid, query.token_ids.device
+        # Tokens that are to leave no trace stand behind all others: what they see is finite, and nobody sees them.
+        position_ids = torch.where(query.position_ids < 0, self.cache.length, query.position_ids)
+        row, column = torch.stack(valid.nonzero(as_tuple=True)).to(device)
         packed_positions = position_ids[row, column]
-        visible = int(packed_positions.max()) + 1
-        document = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        keys = torch.arange(visible, device=slots.device)[None].expand(slots.shape[0], -1)
-        may_attend = dense(
-            self.model.attention.rule,
-            self._attributes(document.expand_as(position_ids), position_ids),
-            self._attributes(document.expand_as(keys), keys),
+        heads = self._heads_per_group if query.uniform is not None else 1
+        cached = CachedQuery(
+            slots,
+            row,
+            column,
+            packed_positions,
+            self._may_attend(position_ids, query.num_keys, heads),
+            heads,
+            is_full=row.numel() == valid.numel(),
         )
-        cached = CachedQuery(slots, row, column, packed_positions, may_attend, is_full=row.numel() == valid.numel())
         # Sequence parallelism cuts the packed tokens into equal parts; what fills them up reaches no cache.
         multiple = self.model.parallel.tp_size if self.model.config.sequence_parallel else 1
         filler = (0, -row.numel() % multiple)
@@ -136,10 +147,35 @@ class MegatronDenoiser:
             F.pad(query.token_ids[row, column], filler)[None],
             self._attributes(F.pad(row, filler)[None], F.pad(packed_positions, filler)[None]),
             cached,
-            asked[valid].nonzero()[:, 0],
-            is_masked,
-            uniform,
+            self._asked(valid, is_asked, device),
+            is_asked,
+            query.uniform,
         )
+
+    def _asked(self, valid: Tensor, is_asked: Tensor | None, device: torch.device) -> Tensor:
+        """Packed tokens that are proposed for; without ``is_asked`` those of all blocks, in a query without gaps."""
+        if is_asked is None:
+            width = valid.shape[1]
+            return torch.arange(valid.numel(), device=device).view(-1, width)[:, -self.block_size :].flatten()
+        asked = torch.zeros(valid.shape, dtype=torch.bool, device=device)
+        asked[:, -self.block_size :] = is_asked
+        return asked[valid.to(device)].nonzero()[:, 0]
+
+    def _may_attend(self, position_ids: Tensor, num_keys: int, heads: int) -> Tensor:
+        """The mask ``[A, 1, heads * Q, K]``: the rows of the query, once for each head of a group."""
+        document = torch.arange(position_ids.shape[0], device=position_ids.device)[:, None]
+        keys = torch.arange(num_keys, device=position_ids.device).expand(position_ids.shape[0], -1)
+        may_attend = dense(
+            self.model.attention.rule,
+            self._attributes(document.expand_as(position_ids), position_ids),
+            self._attributes(document.expand_as(keys), keys),
+        )
+        return may_attend.repeat(1, 1, heads, 1)
+
+    @property
+    def _heads_per_group(self) -> int:
+        config = self.model.config
+        return int(config.num_attention_heads // (config.num_query_groups or config.num_attention_heads))
 
     def _attributes(self, document_ids: Tensor, position_ids: Tensor) -> TokenAttributes:
         # A cached row is one clean stream: the block being denoised is its newest block.
@@ -159,7 +195,5 @@ class CausalDenoiser(MegatronDenoiser):
         if query.uniform is None:
             return super().prepare(query)
         assert query.token_ids.shape[1] == 2, "autoregressive decoding needs a prompt token to start from"
-        slots, *columns = query[:-1]
-        pending = Query(slots, *(x[:, :1] for x in columns), query.uniform)
-        everywhere = torch.ones_like(pending.valid)
-        return self._pack(pending, everywhere, everywhere)
+        pending = {name: getattr(query, name)[:, :1] for name in ("token_ids", "position_ids", "valid")}
+        return self._pack(query._replace(**pending), None)

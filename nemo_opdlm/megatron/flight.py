@@ -134,6 +134,6 @@ class _Pipeline:
         forward = flight.forward
         if forward is None or forward.uniform is None or flight.proposal is not None:
             return flight.proposal
-        packed = torch.empty(3, *forward.is_masked.shape, dtype=torch.float64, device=self.parallel.device)
+        packed = torch.empty(3, *forward.uniform.shape, dtype=torch.float64, device=self.parallel.device)
         self.parallel.from_last_stage(packed)
         return Proposal(packed[0].long(), packed[1].float(), packed[2].float())

@@ -28,6 +28,8 @@ class RolloutEngine:
         forbidden: bool ``[V]`` (true vocabulary), never proposed.
         max_batch_size: rows decoded together.
         max_batch_tokens: tokens that the cache may hold, all rows together; None = as many as the rows need.
+        runs_ahead: never wait for the forward that was just launched (`decode`'s ``late_reads``), at the price of some
+            tokens computed in vain; None = on a GPU.
     """
 
     model: StagedGPT
@@ -35,6 +37,7 @@ class RolloutEngine:
     forbidden: Tensor
     max_batch_size: int
     max_batch_tokens: int | None = None
+    runs_ahead: bool | None = None
 
     def generate(
         self,
@@ -133,13 +136,20 @@ class RolloutEngine:
         on_progress: Callable[..., None] | None,
     ) -> Flight:
         """A batch with a cache of its own, ready for its first forward."""
-        _, prompt_len, max_new_tokens, _ = requests
+        prompt_ids, prompt_len, max_new_tokens, _ = requests
+        runs_ahead = prompt_ids.is_cuda if self.runs_ahead is None else self.runs_ahead
         num_slots = min(num_slots, prompt_len.numel())
         cache = KVCache(num_slots, _cache_length(prompt_len, max_new_tokens, settings.block_size))
         denoiser = denoiser_type(
-            self.model, cache, settings.block_size, settings.mask_token_id, self.sampling, self.forbidden
+            self.model,
+            cache,
+            settings.block_size,
+            settings.mask_token_id,
+            self.sampling,
+            self.forbidden,
+            fixed_shapes=runs_ahead,
         )
-        return Flight(decode(*requests, settings, on_progress, num_slots), denoiser)
+        return Flight(decode(*requests, settings, on_progress, num_slots, runs_ahead), denoiser)
 
 
 def _report_of_all(

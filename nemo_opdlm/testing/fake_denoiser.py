@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
+from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.rng import Stream, uniform
 from nemo_opdlm.vocab import LocalVocab
 
@@ -18,6 +19,12 @@ class Call:
     token_ids: Tensor
     position_ids: Tensor
     valid: Tensor
+
+    @staticmethod
+    def of(query: Query) -> "Call":
+        """What stands in a query, without the tokens that leave no trace."""
+        assert bool((query.position_ids < query.num_keys).all())
+        return Call(query.slots, query.token_ids, query.position_ids, query.valid & (query.position_ids >= 0))
 
 
 @dataclass
@@ -61,20 +68,19 @@ class FakeDenoiser:
         mask[[self.mask_token_id, *self.forbidden]] = True
         return mask
 
-    def prefill(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
+    def prefill(self, query: Query) -> None:
         """Commit whole prompt blocks."""
-        self.prefills.append(Call(rows, token_ids, position_ids, valid))
+        self.prefills.append(Call.of(query))
         for row, tokens, positions in _queries(self.prefills[-1]):
             self.chains.pop(row, None)
             assert positions[0] == 0, f"slot {row} was prefilled from {positions[0]} on"
             for start in range(0, len(tokens), self.block_size):
                 self._commit(row, tokens[start : start + self.block_size], positions[start : start + self.block_size])
 
-    def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
+    def propose(self, query: Query) -> Proposal:
         """Commit the pending blocks and propose tokens for the last b columns."""
-        self.forwards.append(Call(rows, token_ids, position_ids, valid))
+        assert query.uniform is not None
+        self.forwards.append(Call.of(query))
         logits = []
         for row, tokens, positions in _queries(self.forwards[-1]):
             block, at = tokens[-self.block_size :], positions[-self.block_size :]
@@ -85,7 +91,7 @@ class FakeDenoiser:
             chain = self.chains.get(row, [])
             assert at == self._next_positions(chain), f"row {row} asks for {at} after {len(chain)} committed blocks"
             logits.append(self._block_logits(chain[-1] if chain else 0, block, at[0]))
-        return propose(torch.stack(logits), uniform, self.params, self.forbidden_mask, LocalVocab())
+        return propose(torch.stack(logits), query.uniform, self.params, self.forbidden_mask, LocalVocab())
 
     def logits(self, token_ids: list[int], start: int) -> Tensor:
         """Logits ``[b, V]`` of the block at ``start`` in a whole row of tokens, without a cache: the reference."""

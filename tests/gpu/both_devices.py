@@ -82,7 +82,7 @@ class RecordingDenoiser(MegatronDenoiser):
         rows = forward.cached.slots[forward.cached.token_row[forward.asked]].cpu()
         columns = (
             forward.attributes.position_ids[0, forward.asked].cpu(),
-            forward.uniform[forward.is_masked].cpu(),
+            forward.uniform[forward.is_asked].cpu(),
             self.logits(hidden[forward.asked]).cpu(),
         )
         for row in rows.unique().tolist():

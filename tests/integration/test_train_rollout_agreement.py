@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import Query, RolloutSettings, rollout
 from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec
@@ -48,24 +48,23 @@ class RecordingDenoiser(MegatronDenoiser):
         self.num_prefills = self.num_proposals = 0
         self._places: list[tuple[int, int, int]] = []
 
-    def prefill(self, *query: Tensor) -> None:
+    def prefill(self, query: Query) -> None:
         self.num_prefills += 1
-        super().prefill(*query)
+        super().prefill(query)
 
-    def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
+    def propose(self, query: Query) -> Proposal:
         self.num_proposals += 1
+        rows = query.slots
         for row in rows.tolist():
             self.forwards_of_row[row] += 1
-        is_masked = token_ids[:, -self.block_size :] == self.mask_token_id
+        is_masked = query.token_ids[:, -self.block_size :] == self.mask_token_id
         row, column = is_masked.nonzero(as_tuple=True)
-        positions = position_ids[:, -self.block_size :][row, column].tolist()
+        positions = query.position_ids[:, -self.block_size :][row, column].tolist()
         self._places = [
             (owner, self.forwards_of_row[owner], position)
             for owner, position in zip(rows[row].tolist(), positions, strict=True)
         ]
-        return super().propose(rows, token_ids, position_ids, valid, uniform)
+        return super().propose(query)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = super().logits(hidden)
@@ -76,20 +75,14 @@ class RecordingDenoiser(MegatronDenoiser):
 class SeparatelyCommittingDenoiser(RecordingDenoiser):
     """Spends a forward of its own on writing the pending block's keys, as samplers without the fused commit do."""
 
-    def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
-        if token_ids.shape[1] == 2 * self.block_size:
-            pending, block = slice(0, self.block_size), slice(self.block_size, None)
-            has_pending = valid[:, 0]
-            super().prefill(
-                rows[has_pending],
-                token_ids[has_pending, pending],
-                position_ids[has_pending, pending],
-                valid[has_pending, pending],
-            )
-            token_ids, position_ids, valid = token_ids[:, block], position_ids[:, block], valid[:, block]
-        return super().propose(rows, token_ids, position_ids, valid, uniform)
+    def propose(self, query: Query) -> Proposal:
+        if query.token_ids.shape[1] == 2 * self.block_size:
+            has_pending = query.valid[:, 0]
+            columns = (query.token_ids, query.position_ids, query.valid)
+            pending = (column[has_pending, : self.block_size] for column in columns)
+            super().prefill(Query(query.slots[has_pending], *pending, query.num_keys, None))
+            query = Query(query.slots, *(x[:, self.block_size :] for x in columns), query.num_keys, query.uniform)
+        return super().propose(query)
 
 
 def settings(block_size: int, strategy: RemaskingStrategy, seed: int = 3) -> RolloutSettings:
@@ -236,7 +229,7 @@ def test_the_fused_commit_leaves_the_cache_and_the_logits_of_a_separate_cache_wr
     committed = torch.arange(fused.cache.length) < (fused_trajectory.row_end - block_size)[:, None]
     for layer in range(1, fresh.arch.num_layers + 1):
         for ours, theirs in zip(fused.cache.layer(layer), separate.cache.layer(layer), strict=True):
-            rows_first = (x.transpose(1, 2)[committed] for x in (ours, theirs))
+            rows_first = (x[:, :, : fused.cache.length].transpose(1, 2)[committed] for x in (ours, theirs))
             torch.testing.assert_close(*rows_first, atol=TOLERANCE, rtol=0)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, _Status, rollout
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.testing.fake_denoiser import FakeDenoiser
 from nemo_opdlm.testing.oracles import oracle_rollout
@@ -32,10 +32,12 @@ def run(
     end_bias: float = -1.0,
     params: SamplingParams | None = None,
     num_slots: int | None = None,
+    late_reads: bool = False,
 ) -> tuple[Trajectory, FakeDenoiser]:
     denoiser = fake_denoiser(settings.block_size, end_bias, params)
     prompts = random_prompts(num_rows, settings.block_size)
-    return rollout(denoiser, *prompts, torch.arange(num_rows), settings, num_slots=num_slots), denoiser
+    samples = torch.arange(num_rows)
+    return rollout(denoiser, *prompts, samples, settings, num_slots=num_slots, late_reads=late_reads), denoiser
 
 
 def assert_rows_equal(actual: Trajectory, expected: Trajectory) -> None:
@@ -336,6 +338,35 @@ def test_the_batch_stays_full_until_the_prompts_run_out() -> None:
     assert all(call.rows.tolist() == sorted(set(call.rows.tolist())) for call in denoiser.forwards)
     lock_step = [int(part.num_forwards.max()) for part in map(trajectory.index, torch.arange(30).split(4))]
     assert len(sizes) < sum(lock_step)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("num_slots", [None, 1, 5])
+@pytest.mark.parametrize(("block_size", "steps"), [(1, 1), (4, 3), (8, 8)])
+def test_a_host_that_hears_late_writes_the_same_in_queries_of_few_shapes(
+    block_size: int, steps: int, num_slots: int | None, strategy: RemaskingStrategy
+) -> None:
+    settings = rollout_settings(block_size, strategy, steps)
+    expected, prompt_denoiser = run(settings, num_slots=num_slots)
+    actual, denoiser = run(settings, num_slots=num_slots, late_reads=True)
+    assert_rows_equal(actual, expected)
+    sizes = {None: {12, 6, 3, 2, 1}, 1: {1}, 5: {5, 3, 2, 1}}[num_slots]
+    assert {call.rows.numel() for call in denoiser.forwards} <= sizes
+    assert {call.token_ids.shape[1] for call in denoiser.forwards} == {2 * block_size}
+    # One forward more for each row that a slot had to wait for.
+    rounds = 12 if num_slots == 1 else 3 if num_slots else 1
+    assert len(denoiser.forwards) <= len(prompt_denoiser.forwards) + 2 * rounds
+
+
+def test_the_host_takes_the_answer_of_the_last_forward_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for late_reads, first_heard in ((False, 1), (True, 2)):
+        heard: list[int] = []
+        denoiser = fake_denoiser(4)
+        read = _Status.read
+        with monkeypatch.context() as patch:
+            patch.setattr(_Status, "read", lambda status: heard.append(len(denoiser.forwards)) or read(status))  # noqa: B023
+            rollout(denoiser, *random_prompts(6, 4), torch.arange(6), rollout_settings(4), late_reads=late_reads)
+        assert heard == list(range(first_heard, len(denoiser.forwards) + 1))
 
 
 def test_a_new_row_opens_with_its_own_prompt_where_an_old_one_stood() -> None:

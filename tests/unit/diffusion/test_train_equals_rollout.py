@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_opdlm.diffusion.layout import TwoStreamRows, two_stream_rows
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
-from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.sampler import Query, rollout
 from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, VOCAB_SIZE, random_prompts, rollout_settings
@@ -60,21 +60,20 @@ class CachedDenoiser:
         self.cache = torch.full(shape, torch.nan, dtype=torch.float64)
         self.logits: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}
 
-    def prefill(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> None:
-        self.forward(rows, token_ids, position_ids, valid)
+    def prefill(self, query: Query) -> None:
+        self.forward(query)
 
-    def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
-        logits = self.forward(rows, token_ids, position_ids, valid)[:, -self.block_size :]
-        for i, row in enumerate(rows.tolist()):
-            block = tuple(token_ids[i, -self.block_size :].tolist())
-            self.logits[row, int(position_ids[i, -self.block_size]), block] = logits[i]
+    def propose(self, query: Query) -> Proposal:
+        logits = self.forward(query)[:, -self.block_size :]
+        for i, row in enumerate(query.slots.tolist()):
+            block = tuple(query.token_ids[i, -self.block_size :].tolist())
+            self.logits[row, int(query.position_ids[i, -self.block_size]), block] = logits[i]
         forbidden = torch.arange(VOCAB_SIZE) == MASK_TOKEN_ID
-        return propose(logits, uniform, SamplingParams(), forbidden, LocalVocab())
+        assert query.uniform is not None
+        return propose(logits, query.uniform, SamplingParams(), forbidden, LocalVocab())
 
-    def forward(self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor) -> Tensor:
-        visible = int(position_ids[valid].max()) + 1
+    def forward(self, query: Query) -> Tensor:
+        rows, token_ids, position_ids, valid, visible, _ = query
         keys_at = torch.arange(visible).expand(len(rows), -1)
         mask = dense(AttentionRule.BLOCK_DIFFUSION, self.attributes(position_ids), self.attributes(keys_at))[:, 0]
         hidden = self.network.embed(token_ids, position_ids)
@@ -146,7 +145,8 @@ def test_the_fused_commit_leaves_the_cache_of_a_separate_pass_over_the_finished_
             continue
         separate = CachedDenoiser(network, 1, block_size)
         tokens, positions = trajectory.token_ids[row : row + 1, :committed], torch.arange(committed)[None]
-        separate.prefill(torch.tensor([0]), tokens, positions, torch.ones_like(positions, dtype=torch.bool))
+        valid = torch.ones_like(positions, dtype=torch.bool)
+        separate.prefill(Query(torch.tensor([0]), tokens, positions, valid, committed, None))
         actual, expected = denoiser.cache[:, :, row, :committed], separate.cache[:, :, 0, :committed]
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 

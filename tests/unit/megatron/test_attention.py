@@ -87,7 +87,7 @@ def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(rule: Attenti
             visible = dense(rule, query, clean(keys, torch.zeros_like(keys)))
             column = torch.arange(piece)
             cache.query = CachedQuery(
-                torch.tensor([2]), torch.zeros_like(column), column, position_ids[0, now], visible, is_full=True
+                torch.tensor([2]), torch.zeros_like(column), column, position_ids[0, now], visible, 1, is_full=True
             )
             found = attention(*(x[now] for x in inputs), query.stack())
             torch.testing.assert_close(found, whole[now], atol=1e-5, rtol=0)

@@ -33,10 +33,12 @@ def network() -> StagedGPT:
     return tiny.random_network(tiny.architecture(), initialize())
 
 
-def respond(network: StagedGPT, max_batch_size: int, max_batch_tokens: int | None = None) -> Trajectory:
+def respond(
+    network: StagedGPT, max_batch_size: int, max_batch_tokens: int | None = None, runs_ahead: bool = False
+) -> Trajectory:
     """Prompts of 1 to 9 tokens, and as many responses of up to 19."""
     forbidden = torch.arange(tiny.VOCAB_SIZE) >= tiny.NUM_TOKENS
-    engine = RolloutEngine(network, SamplingParams(), forbidden, max_batch_size, max_batch_tokens)
+    engine = RolloutEngine(network, SamplingParams(), forbidden, max_batch_size, max_batch_tokens, runs_ahead)
     prompt_len = torch.arange(1, ROWS + 1)
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     limits = torch.arange(11, 11 + ROWS)
@@ -48,6 +50,15 @@ def test_what_is_written_does_not_depend_on_the_slots(
     max_batch_size: int, max_batch_tokens: int | None, network: StagedGPT
 ) -> None:
     expected, actual = respond(network, ROWS), respond(network, max_batch_size, max_batch_tokens)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 5, 9])
+def test_what_is_written_does_not_depend_on_when_the_host_is_told(max_batch_size: int, network: StagedGPT) -> None:
+    assert_equal(respond(network, max_batch_size, runs_ahead=True), respond(network, ROWS))
+
+
+def assert_equal(actual: Trajectory, expected: Trajectory) -> None:
     for name in ("token_ids", "unmask_step", "response_len", "finish_reason", "num_forwards", "sample_ids"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
