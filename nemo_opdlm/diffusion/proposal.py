@@ -96,6 +96,15 @@ def propose(
     )
 
 
+@torch.no_grad()
+def log_confidence(logits: Tensor, token_ids: Tensor, forbidden: Tensor, vocab: VocabReducer) -> Tensor:
+    """ln p_raw, the logarithm of `Proposal.confidence`, of given tokens ``[...]``; arguments as for `propose`."""
+    logits = logits.float().masked_fill(forbidden, -_INF)
+    logits -= vocab.max(logits)[..., None]
+    log_weight = vocab.take(logits, token_ids[..., None])[..., 0]
+    return log_weight - vocab.sum(logits.exp_()).log()
+
+
 def _filter_(weights: Tensor, logits: Tensor, params: SamplingParams, vocab: VocabReducer) -> None:
     """Take away the weight of what top-k, then top-p on what is left, exclude; in the order of Hugging Face."""
     if params.top_k:

@@ -173,6 +173,18 @@ def select_states(
     )
 
 
+def revealed_from(trajectory: Trajectory, states: DenoisingState) -> Tensor:
+    """Supervised tokens that were revealed by the very forward that saw their block's state, bool ``[B, C, L]``.
+
+    ``states`` are visited ones, of ``one_state_per_block`` or ``all_states``.
+    """
+    # Also masks without supervision tell which forward it was; no response holds a mask token.
+    is_masked = states.state_ids != trajectory.token_ids[:, None]
+    steps = trajectory.unmask_step[:, None].expand_as(is_masked)
+    event_step = _blocks(steps.masked_fill(~is_masked, NEVER_UNMASKED), trajectory.block_size).amin(-1)
+    return states.loss_mask & (steps == event_step.repeat_interleave(trajectory.block_size, dim=-1))
+
+
 def _blocks(canvas: Tensor, block_size: int) -> Tensor:
     return canvas.reshape(*canvas.shape[:-1], -1, block_size)
 

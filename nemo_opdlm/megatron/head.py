@@ -9,10 +9,11 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nemo_opdlm.diffusion.proposal import log_confidence
 from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
 from nemo_opdlm.megatron.student import StagedGPT, autocast
 from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
-from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax
+from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax, local_columns
 
 #: Logits alive at a time: few enough on a CPU that they stay near its caches, 512 rows of Qwen3's vocabulary on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 512 * 151_936}
@@ -54,11 +55,45 @@ class LMHead:
 
 
 @dataclass(frozen=True)
+class RevealedTokens:
+    """What the rollout wrote at G of the supervised tokens, whose states its network has seen as training sees them.
+
+    Attributes:
+        rows: int64 ``[G]`` their places among the supervised tokens, rising; on the CPU, so that cutting waits for no device.
+        token_ids: int64 ``[G]``.
+        confidence: fp32 ``[G]``, as the trajectory recorded it.
+        forbidden: bool ``[V]``, tokens that the rollout gave no probability.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    confidence: Tensor
+    forbidden: Tensor
+
+    def within(self, start: int, stop: int) -> "RevealedTokens":
+        """Those of the supervised tokens ``start .. stop - 1``, counted from ``start``."""
+        first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
+        part = slice(first, last)
+        return RevealedTokens(self.rows[part] - start, self.token_ids[part], self.confidence[part], self.forbidden)
+
+    @torch.no_grad()
+    def logprob_gap(self, logits: Tensor, vocab: VocabReducer) -> Tensor:
+        """|ln p in these logits ``[T, V_local]`` - ln p in the rollout|, ``[G]``."""
+        forbidden = local_columns(self.forbidden, logits.shape[-1], vocab)
+        found = log_confidence(logits[self.rows.to(logits.device)], self.token_ids, forbidden, vocab)
+        return (found - self.confidence.log()).abs()
+
+
+@dataclass(frozen=True)
 class TokenLosses:
-    """Per supervised token: its divergence (with gradient) and whether student and target agree on the best token."""
+    """Per supervised token ``[T]``: its divergence (with gradient), and whether student and target agree on the best token.
+
+    ``logprob_gap [G]`` is that of the revealed tokens.
+    """
 
     divergence: Tensor
     agrees: Tensor
+    logprob_gap: Tensor
 
 
 def _best_token(target: Target, vocab: VocabReducer) -> Tensor:
@@ -69,7 +104,11 @@ def _best_token(target: Target, vocab: VocabReducer) -> Tensor:
 
 
 def token_losses(
-    head: LMHead, hidden: Tensor, target_of: Callable[[int, int], Target], spec: DivergenceSpec
+    head: LMHead,
+    hidden: Tensor,
+    target_of: Callable[[int, int], Target],
+    spec: DivergenceSpec,
+    revealed: RevealedTokens | None = None,
 ) -> TokenLosses:
     """Divergence of ``hidden [T, hidden]`` from its targets, one chunk of logits at a time.
 
@@ -80,13 +119,19 @@ def token_losses(
         hidden: gathered rows at supervised positions.
         target_of: (start, stop) -> the targets of those rows.
         spec: divergence, support and tail.
+        revealed: tokens to compare with the rollout; None for none.
     """
 
-    def chunk_losses(rows: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        target = target_of(start, start + rows.shape[0])
+    def chunk_losses(rows: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        stop = start + rows.shape[0]
+        target = target_of(start, stop)
         logits = head.logits(rows)
         divergence = token_divergence(logits, target, spec, head.vocab)
-        return divergence, _best_token(target, head.vocab) == argmax(logits.detach(), head.vocab)
+        # Behind what the gradient needs, where the recomputation stops.
+        agrees = _best_token(target, head.vocab) == argmax(logits.detach(), head.vocab)
+        if revealed is None:
+            return divergence, agrees, logits.new_empty(0)
+        return divergence, agrees, revealed.within(start, stop).logprob_gap(logits.detach(), head.vocab)
 
     parts = []
     for start in range(0, hidden.shape[0], head.chunk_rows):
@@ -98,6 +143,6 @@ def token_losses(
     if not parts:
         # Keeps the graph connected where a micro-batch has no supervised token, so that its backward pass still runs.
         empty = hidden.float().sum(-1)
-        return TokenLosses(empty, torch.zeros_like(empty, dtype=torch.bool))
-    divergence, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenLosses(divergence, agrees)
+        return TokenLosses(empty, torch.zeros_like(empty, dtype=torch.bool), empty.detach())
+    divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLosses(divergence, agrees, logprob_gap)

@@ -77,6 +77,12 @@ class ParallelContext:
             dist.all_reduce(values, group=self.groups.dp_cp)
         return values
 
+    def max_over_data(self, values: Tensor) -> Tensor:
+        """The maximum over data- and context-parallel ranks, on each of them."""
+        if self.data_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.groups.dp_cp)
+        return values
+
     def from_last_stage(self, values: Tensor) -> Tensor:
         """What the last pipeline stage holds, on every stage; the others pass a tensor of its shape and type."""
         if self.pp_size > 1:

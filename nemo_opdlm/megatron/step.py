@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.layout import share_of_columns, two_stream_rows
-from nemo_opdlm.diffusion.state_selection import DenoisingState
+from nemo_opdlm.diffusion.layout import SupervisedIndex, share_of_columns, two_stream_rows
+from nemo_opdlm.diffusion.state_selection import DenoisingState, revealed_from
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec, Target
 from nemo_opdlm.distillation.loss import Normalization, token_weights
 from nemo_opdlm.distillation.targets import TargetIndex
 from nemo_opdlm.megatron.forward import LossFunction, MicroBatch, RowSplit, forward_only
-from nemo_opdlm.megatron.head import LMHead, token_losses
+from nemo_opdlm.megatron.head import LMHead, RevealedTokens, token_losses
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import TeacherTargets
@@ -20,9 +20,11 @@ from nemo_opdlm.megatron.teacher import TeacherTargets
 #: Upper edges of the mask-ratio buckets that the divergence is reported by.
 MASK_RATIOS = (0.25, 0.5, 0.75, 1.0)
 #: What a micro-batch reports, sums over its supervised tokens.
-SUMS = ("loss_sum", "count", "divergence_sum", "agreements", "num_tokens") + tuple(
+SUMS = ("loss_sum", "count", "divergence_sum", "agreements", "num_tokens", "logprob_gap_sum", "num_revealed") + tuple(
     f"{name}_{upper}" for upper in MASK_RATIOS for name in ("divergence_sum", "num_tokens")
 )
+#: What it reports beside them, maxima that are at least 0.
+MAXIMA = ("logprob_gap_max",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Supervision:
         mask_ratio: fp32 ``[M]`` masked share of the token's block.
         count: what the summed loss is divided by, this micro-batch's share.
         targets: the rollout batch's teacher targets.
+        revealed: supervised tokens to compare with the rollout; None for none.
     """
 
     row: Tensor
@@ -45,6 +48,7 @@ class Supervision:
     mask_ratio: Tensor
     count: Tensor
     targets: TeacherTargets
+    revealed: RevealedTokens | None
 
     def targets_of(self, start: int, stop: int) -> Target:
         """Targets of supervised tokens ``start .. stop - 1``."""
@@ -59,10 +63,14 @@ def micro_batches(
     normalization: Normalization,
     micro_batch_size: int,
     split: RowSplit = RowSplit(),  # noqa: B008 (frozen)
+    forbidden: Tensor | None = None,
 ) -> list[MicroBatch]:
     """Cut ``rows`` of a rollout batch into micro-batches of rows of similar length, so that little is padded.
 
     Neither the cut, the order nor the split changes the loss: it is a sum over tokens divided by one global count.
+
+    Where the states are visited ones and the weights still those of the rollout, ``forbidden`` (bool ``[V]``, tokens that
+    the rollout gave no probability) lets the loss also compare the probabilities of training and rollout.
     """
     if rows.numel() == 0:
         return []
@@ -70,7 +78,7 @@ def micro_batches(
     by_length = rows[lengths.argsort(stable=True)]
     index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
     return [
-        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization, split)
+        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization, split, forbidden)
         for part in by_length.split(micro_batch_size)
     ]
 
@@ -83,13 +91,15 @@ def _micro_batch(
     rollouts: Tensor,
     normalization: Normalization,
     split: RowSplit,
+    forbidden: Tensor | None,
 ) -> MicroBatch:
     two_stream = two_stream_rows(trajectory, states, split.multiple_of)
     if split.num_ranks > 1:
         mine = share_of_columns(two_stream.token_ids.shape[1], split.rank, split.num_ranks)
         two_stream = two_stream.columns(mine.to(rollouts.device))
     weights, count = token_weights(states.loss_mask, states.num_states, normalization)
-    row, column, copy, position = two_stream.supervised_index
+    supervised = two_stream.supervised_index
+    row, column, copy, position = supervised
     supervision = Supervision(
         row=row,
         column=column,
@@ -99,8 +109,19 @@ def _micro_batch(
         # Of the ranks that share the rows, one counts them.
         count=count * (split.rank == 0),
         targets=targets,
+        revealed=None if forbidden is None else _revealed(trajectory, states, supervised, forbidden),
     )
     return MicroBatch(two_stream.token_ids, two_stream.attributes, supervision)
+
+
+def _revealed(
+    trajectory: Trajectory, states: DenoisingState, index: SupervisedIndex, forbidden: Tensor
+) -> RevealedTokens:
+    """Those of the supervised tokens at ``index`` that the forward revealed which saw their state."""
+    is_revealed = revealed_from(trajectory, states)[index.row, index.copy, index.position]
+    places = index.row[is_revealed], index.position[is_revealed]
+    rows = is_revealed.nonzero()[:, 0].cpu()
+    return RevealedTokens(rows, trajectory.token_ids[places], trajectory.confidence[places], forbidden)
 
 
 def _mask_ratio(loss_mask: Tensor, block_size: int) -> Tensor:
@@ -115,15 +136,18 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
     def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         supervision: Supervision = batch.payload
         rows = hidden[supervision.row, supervision.column]
-        tokens = token_losses(head, rows, supervision.targets_of, spec)
+        tokens = token_losses(head, rows, supervision.targets_of, spec, supervision.revealed)
         loss_sum = (tokens.divergence * supervision.weight).sum()
-        detached = tokens.divergence.detach()
+        detached, gap = tokens.divergence.detach(), tokens.logprob_gap
         sums = {
             "loss_sum": loss_sum.detach(),
             "count": supervision.count,
             "divergence_sum": detached.sum(),
             "agreements": tokens.agrees.sum(),
             "num_tokens": torch.tensor(detached.numel()),
+            "logprob_gap_sum": gap.sum(),
+            "num_revealed": torch.tensor(gap.numel()),
+            "logprob_gap_max": gap.max() if gap.numel() else gap.sum(),
         }
         lower = 0.0
         for upper in MASK_RATIOS:
@@ -136,11 +160,13 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
 
 
 def total(parts: list[dict[str, Tensor]], parallel: ParallelContext) -> dict[str, float]:
-    """Add up what micro-batches report, over all data ranks, on every rank; ``parts`` is read on the last stage."""
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=parallel.device)
+    """`SUMS` and `MAXIMA` over all micro-batches and data ranks, on every rank; ``parts`` is read on the last stage."""
+    sums, maxima = (torch.zeros(len(names), dtype=torch.float64, device=parallel.device) for names in (SUMS, MAXIMA))
     for part in parts:
         sums += torch.stack([part[name].to(sums) for name in SUMS])
-    return dict(zip(SUMS, parallel.from_last_stage(parallel.sum_over_data(sums)).tolist(), strict=True))
+        maxima = maxima.maximum(torch.stack([part[name].to(sums) for name in MAXIMA]))
+    values = torch.cat([parallel.sum_over_data(sums), parallel.max_over_data(maxima)])
+    return dict(zip(SUMS + MAXIMA, parallel.from_last_stage(values).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -193,11 +193,19 @@ class OnPolicyDistiller:
                 Normalization(self.config.opdlm.normalization),
                 self.config.micro_batch_size,
                 RowSplit.over_context(self.student.model),
+                self._forbidden_where_comparable(index),
             )
             self.optimizer.zero_grad()
             totals = total(forward_backward(self.student, parts, self.loss), self.student.parallel)
         self.num_trained_tokens += int(totals["num_tokens"])
         metrics.update(_train_metrics(totals))
+
+    def _forbidden_where_comparable(self, index: int) -> Tensor | None:
+        """Tokens without probability in rollouts; None unless an update sees what the rollout saw, with the same weights."""
+        opdlm = self.config.opdlm
+        if index > 0 or opdlm.responses != "student" or opdlm.state_selection == "random_mask":
+            return None
+        return self.method.tokens.forbidden.to(self.student.parallel.device)
 
     def take_step(self, metrics: Metrics) -> None:
         """Clip, update the weights, advance the learning rate."""
@@ -308,6 +316,9 @@ def _train_metrics(totals: dict[str, float]) -> Metrics:
         "train/kl": totals["divergence_sum"] / num_tokens,
         "train/agreement": totals["agreements"] / num_tokens,
     }
+    if totals["num_revealed"]:
+        metrics["rollout/logprob_gap"] = totals["logprob_gap_sum"] / totals["num_revealed"]
+        metrics["rollout/logprob_gap_max"] = totals["logprob_gap_max"]
     for upper in MASK_RATIOS:
         if totals[f"num_tokens_{upper}"]:
             key = f"train/kl_at_mask_ratio_{upper}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import Query, RolloutSettings, rollout
-from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states
+from nemo_opdlm.diffusion.state_selection import DenoisingState, StateSelection, all_states, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
-from nemo_opdlm.distillation.divergence import DivergenceSpec
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import MegatronDenoiser
@@ -21,7 +22,7 @@ from nemo_opdlm.megatron.forward import MicroBatch, forward_backward, forward_on
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import ParallelContext
-from nemo_opdlm.megatron.step import distillation_loss, micro_batches
+from nemo_opdlm.megatron.step import distillation_loss, micro_batches, total
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.testing import tiny
@@ -30,6 +31,14 @@ TOLERANCE = 1e-4
 STATIC, DYNAMIC = RemaskingStrategy.LOW_CONFIDENCE_STATIC, RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC
 BLOCK_SIZES = (1, 2, 4, 8)
 END_TOKEN_IDS = tuple(range(30, 36))
+FORBIDDEN = torch.arange(tiny.VOCAB_SIZE) >= tiny.NUM_TOKENS
+#: Which visited states are trained, and settings of it.
+SELECTIONS: dict[str, tuple[StateSelection, dict[str, Any]]] = {
+    "one state": (StateSelection.ONE_STATE_PER_BLOCK, {}),
+    "two states": (StateSelection.ONE_STATE_PER_BLOCK, {"num_states": 2}),
+    "without the end token": (StateSelection.ONE_STATE_PER_BLOCK, {"exclude_end_token": True}),
+    "all states": (StateSelection.ALL_STATES, {}),
+}
 
 #: (row, forward of the row, position) -> the logits that the rollout saw there
 Recording = dict[tuple[int, int, int], Tensor]
@@ -39,9 +48,8 @@ class RecordingDenoiser(MegatronDenoiser):
     """Keeps the logits of every forward, and how many forwards the network ran."""
 
     def __init__(self, model: StagedGPT, num_rows: int, length: int, block_size: int) -> None:
-        forbidden = torch.arange(model.arch.vocab_size) >= tiny.NUM_TOKENS
         super().__init__(
-            model, KVCache(num_rows, length), block_size, tiny.MASK_TOKEN_ID, SamplingParams(temperature=1.0), forbidden
+            model, KVCache(num_rows, length), block_size, tiny.MASK_TOKEN_ID, SamplingParams(temperature=1.0), FORBIDDEN
         )
         self.recording: Recording = {}
         self.forwards_of_row = [0] * num_rows
@@ -269,3 +277,59 @@ def test_a_clean_token_that_is_masked_in_a_state_changes_no_logit_of_its_block(
         assert torch.equal(after[~is_later], before[~is_later])
         changed_later += int((after[is_later] != before[is_later]).any(-1).sum())
     assert changed_later > 0
+
+
+# -- the same, as training measures it --
+
+
+def select(trajectory: Trajectory, selection: str) -> DenoisingState:
+    name, options = SELECTIONS[selection]
+    return select_states(name, trajectory, tiny.MASK_TOKEN_ID, seed=5, step=1, **options)
+
+
+def logprob_gap(network: StagedGPT, trajectory: Trajectory, states: DenoisingState) -> tuple[int, float, float]:
+    """Number of tokens compared, mean and largest gap of one update's micro-batches."""
+    targets, rows = Teacher.own_tokens(trajectory), torch.arange(len(trajectory))
+    batches = micro_batches(trajectory, states, targets, rows, Normalization.token, 4, forbidden=FORBIDDEN)
+    loss = distillation_loss(LMHead(network), DivergenceSpec(DivergenceKind.nll))
+    parts = forward_only(network, batches, lambda hidden, batch: loss(hidden, batch)[2])
+    totals = total(parts, network.parallel)
+    return int(totals["num_revealed"]), totals["logprob_gap_sum"] / totals["num_revealed"], totals["logprob_gap_max"]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_tokens_are_as_probable_in_training_as_when_they_were_revealed(
+    network: StagedGPT, block_size: int, selection: str
+) -> None:
+    trajectory, _ = record(network, block_size, DYNAMIC)
+    count, mean, largest = logprob_gap(network, trajectory, select(trajectory, selection))
+    # Every block has such a token, unless it is an end token that is not supervised.
+    assert count >= int((trajectory.row_end // block_size - trajectory.prompt_len // block_size).sum()) / 2
+    assert 0 < mean <= largest < TOLERANCE
+    if selection == "all states":
+        assert count == int(trajectory.response_len.sum()), "each token was revealed at one of all states"
+
+
+def test_other_weights_than_the_rollouts_show_as_a_gap(parallel: ParallelContext) -> None:
+    network = tiny.random_network(tiny.architecture(), parallel)
+    trajectory, _ = record(network, 4, DYNAMIC)
+    states = select(trajectory, "one state")
+    with torch.no_grad():
+        network[0].decoder.layers[0].mlp.linear_fc2.weight[0] += 0.05
+    _, mean, largest = logprob_gap(network, trajectory, states)
+    assert 10 * TOLERANCE < mean < largest
+
+
+def test_measuring_the_gap_changes_no_bit_of_loss_and_gradients(fresh: StagedGPT, parallel: ParallelContext) -> None:
+    trajectory, _ = record(fresh, 4, DYNAMIC)
+    states, rows = select(trajectory, "two states"), torch.arange(len(trajectory))
+    targets = Teacher(fresh.arch, parallel, ModelOptions(), micro_batch_size=4).targets(trajectory, DivergenceSpec())
+    found = []
+    for forbidden in (None, FORBIDDEN):
+        network = wrap(tiny.random_network(tiny.architecture(), parallel), tiny.optimizer_settings())
+        batches = micro_batches(trajectory, states, targets, rows, Normalization.token, 4, forbidden=forbidden)
+        parts = forward_backward(network, batches, distillation_loss(network.head, DivergenceSpec()))
+        gradients = [parameter.main_grad for parameter in network.model.parameters()]  # type: ignore[attr-defined]
+        found.append([part["loss_sum"] for part in parts] + gradients)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))

@@ -40,6 +40,10 @@ MODES: dict[str, tuple[str, ...]] = {
         "model.activations_checkpoint_num_layers=1",
     ),
 }
+#: Modes that train other states than those the student visited.
+UNVISITED = {"random_mask", "off_policy", "sft"}
+#: Modes in which rounding decides how far the two forwards lie apart.
+ROUNDED = {"bf16", "bf16-mixed"}
 ALWAYS = {
     "global_step",
     "rollout_step",
@@ -56,6 +60,8 @@ ON_A_NEW_ROLLOUT = {
     "rollout/tokens_per_forward",
     "rollout/response_len",
     "rollout/tokens_per_s",
+    "rollout/logprob_gap",
+    "rollout/logprob_gap_max",
     "time/rollout_s",
     "time/teacher_s",
 }
@@ -87,6 +93,10 @@ def test_every_mode_trains(mode: str, inputs: tuple[str, ...], tmp_path: Path) -
     for row in rows:
         assert math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 and row["train/skipped"] == 0
         assert 0 <= row["train/agreement"] <= 1
+    if mode not in UNVISITED:
+        tolerance = 0.2 if mode in ROUNDED else 1e-4
+        assert 0 < rows[0]["rollout/logprob_gap"] <= rows[0]["rollout/logprob_gap_max"] < tolerance
+    assert all(("rollout/logprob_gap" in row) == (row is rows[0] and mode not in UNVISITED) for row in rows)
     assert 0 < rows[0]["trained_tokens"] < rows[1]["trained_tokens"]
     assert rows[0]["generated_tokens"] == rows[1]["generated_tokens"] == 8 * rows[0]["rollout/response_len"]
     before = network_weights(untrained)

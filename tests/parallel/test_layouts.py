@@ -62,6 +62,22 @@ def test_other_families_have_the_gradients_of_one_process(
     assert_same_gradients(archive, tmp_path / "four", tmp_path / "one", 2)
 
 
+@pytest.mark.parametrize("name", ["TP2xPP2", "TP2+SPxCP2", "CP2xDP2"])
+def test_the_gap_to_the_rollout_is_that_of_one_process(
+    name: str, one_process: tuple[Outcome, Path], glassllm: str, four_ranks: Ranks
+) -> None:
+    """Of a rollout that claims other probabilities than it had: gaps that are no rounding."""
+    replayed = []
+    for number, rollout in enumerate(one_process[0].rollouts):
+        factor = torch.rand(rollout["confidence"].shape, generator=torch.Generator().manual_seed(number))
+        replayed.append({**rollout, "confidence": rollout["confidence"] * factor.clamp(min=0.01)})
+    expected = runs.train(glassllm, Layout(), 1, replayed=replayed).metrics[0]
+    assert 0.5 < expected["rollout/logprob_gap"] < expected["rollout/logprob_gap_max"]
+    for outcome in four_ranks.run(runs.train, glassllm, LAYOUTS[name][1], 1, (), None, replayed):
+        for key in ("rollout/logprob_gap", "rollout/logprob_gap_max"):
+            assert outcome.metrics[0][key] == pytest.approx(expected[key], rel=1e-4), key
+
+
 def assert_same_gradients(archive: str, found: Path, expected: Path, num_updates: int) -> None:
     for update in range(num_updates):
         ours = runs.read_gradients(archive, found / str(update))
@@ -135,3 +151,4 @@ def assert_same_losses(found: Outcome, expected: Outcome, tolerance: float) -> N
     for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
         for key in ("train/loss", "train/kl", "train/grad_norm", "train/agreement", "trained_tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=tolerance), key
+        assert ours.get("rollout/logprob_gap_max", 0.0) < 1e-4, "the training forward is not that of the rollout"

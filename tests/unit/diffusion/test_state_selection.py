@@ -14,6 +14,7 @@ from nemo_opdlm.diffusion.state_selection import (
     all_states,
     one_state_per_block,
     random_mask,
+    revealed_from,
     select_states,
 )
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
@@ -62,6 +63,23 @@ def test_one_state_per_block_takes_states_of_the_trajectory(block_size: int) -> 
         for start, possible in oracle_states_of(trajectory, row).items():
             for copy in range(3):
                 assert masked_set(states, row, copy, start, block_size) in possible
+
+
+@pytest.mark.parametrize("exclude_end_token", [False, True])
+@pytest.mark.parametrize("name", [StateSelection.ONE_STATE_PER_BLOCK, StateSelection.ALL_STATES])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_revealed_tokens_are_those_of_the_forward_that_saw_the_state(
+    block_size: int, name: str, exclude_end_token: bool
+) -> None:
+    trajectory = random_trajectory(16, block_size)
+    states = select(name, trajectory, exclude_end_token=exclude_end_token)
+    revealed = revealed_from(trajectory, states)
+    for row, copy, position in states.loss_mask.nonzero().tolist():
+        start = position - position % block_size
+        masked = masked_set(states, row, copy, start, block_size)
+        forward = min(int(trajectory.unmask_step[row, i]) for i in masked)
+        assert bool(revealed[row, copy, position]) == (int(trajectory.unmask_step[row, position]) == forward)
+    assert not (revealed & ~states.loss_mask).any() and revealed.any()
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

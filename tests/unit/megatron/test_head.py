@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
+from torch import Tensor
 
+from nemo_opdlm.diffusion.proposal import log_confidence
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, FullTarget, TokenTarget, top_k_target
-from nemo_opdlm.megatron.head import LMHead, token_losses
+from nemo_opdlm.megatron import head as head_module
+from nemo_opdlm.megatron.head import LMHead, RevealedTokens, token_losses
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.testing import tiny
 from nemo_opdlm.vocab import LocalVocab
@@ -51,6 +55,33 @@ def test_agreement_means_the_same_most_likely_token_for_every_kind_of_target() -
     ):
         losses = token_losses(head, hidden, lambda a, b, t=target: t.index(slice(a, b)), kind)  # type: ignore[misc]
         assert torch.equal(losses.agrees, expected)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 50])
+def test_the_gap_to_the_rollout_excludes_what_it_never_proposes_and_is_computed_once(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LMHead, "chunk_rows", chunk_rows)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(head_module, "log_confidence", lambda *args: calls.append(args[1]) or log_confidence(*args))
+    head, hidden = make_head(), torch.randn(20, 32, requires_grad=True)
+    forbidden = torch.arange(48) % 5 == 0
+    rows, confidence = torch.tensor([0, 1, 2, 3, 7, 11, 19]), torch.tensor([0.1, 0.5, 0.2, 1.0, 0.3, 0.9, 0.8])
+    token_ids = torch.tensor([1, 4, 47, 3, 2, 11, 6])
+    target = TokenTarget(torch.arange(20))
+    losses = token_losses(
+        head,
+        hidden,
+        lambda start, stop: target.index(slice(start, stop)),
+        DivergenceSpec(DivergenceKind.nll),
+        RevealedTokens(rows, token_ids, confidence, forbidden),
+    )
+    losses.divergence.sum().backward()
+    log_probs = head.logits(hidden)[:, ~forbidden].log_softmax(-1)
+    column = (~forbidden).cumsum(0)[token_ids] - 1
+    torch.testing.assert_close(losses.logprob_gap, (log_probs[rows, column] - confidence.log()).abs())
+    assert not losses.logprob_gap.requires_grad
+    assert torch.equal(torch.cat(calls), token_ids), "nothing is measured again in the backward pass"
 
 
 def test_without_supervised_tokens_the_backward_pass_still_runs() -> None:
