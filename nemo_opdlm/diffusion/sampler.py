@@ -55,12 +55,23 @@ class Denoiser(Protocol):
 
 
 class RolloutProgress(TypedDict):
-    """State of a rollout in plain integers: batched forwards so far, open rows, rows, tokens in finished blocks."""
+    """State of a rollout in plain integers: batched forwards so far, open rows, rows, tokens in finished blocks.
+
+    ``num_row_forwards`` counts each forward once for every row that took part.
+    """
 
     num_forwards: int
+    num_row_forwards: int
     num_active: int
     num_rows: int
     num_tokens: int
+
+
+def describe(progress: RolloutProgress) -> str:
+    """How far a rollout is: ``3/8 responses, 2.31 tokens per forward``."""
+    num_finished = progress["num_rows"] - progress["num_active"]
+    tokens_per_forward = progress["num_tokens"] / max(progress["num_row_forwards"], 1)
+    return f"{num_finished}/{progress['num_rows']} responses, {tokens_per_forward:.2f} tokens per forward"
 
 
 @dataclass(frozen=True)
@@ -286,7 +297,7 @@ class _Canvas:
         self.late_reads = late_reads
         self.slots = _Slots(min(num_slots or num_rows, num_rows), num_rows)
         self._statuses: list[_Status] = []
-        self._num_forwards = self._num_tokens_of_finished = self._num_tokens_of_open = 0
+        self._num_forwards = self._num_row_forwards = self._num_tokens_of_finished = self._num_tokens_of_open = 0
         self.block_size = settings.block_size
         self.prompt_len = prompt_len
         self.limit_end = prompt_len + max_new_tokens
@@ -338,6 +349,7 @@ class _Canvas:
         if host_slots.numel() == 0:
             return None
         self._num_forwards += 1
+        self._num_row_forwards += int((~self.slots.is_free).sum())
         host_rows, starts = self.slots.row[host_slots], self.slots.start[host_slots]
         rows, slots = torch.stack([host_rows, host_slots]).to(self.device)
         # A row that is finished, of which the host may not have heard, takes part in no forward.
@@ -387,6 +399,7 @@ class _Canvas:
             self.on_progress(
                 RolloutProgress(
                     num_forwards=self._num_forwards,
+                    num_row_forwards=self._num_row_forwards,
                     num_active=int((~self.slots.is_free).sum()) + self.slots.num_waiting,
                     num_rows=self.prompt_len.numel(),
                     num_tokens=self._num_tokens_of_finished + self._num_tokens_of_open,

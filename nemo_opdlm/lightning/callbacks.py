@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from typing_extensions import override
 
-from nemo_opdlm.diffusion.sampler import RolloutProgress
+from nemo_opdlm.diffusion.sampler import RolloutProgress, describe
 
 METRICS = "metrics.jsonl"
 _TRAINING = "Training"
@@ -149,9 +149,8 @@ class StepProgressBar(ProgressBar):
         if now - self._rollout_shown < (_TERMINAL_SECONDS if is_terminal else _FILE_SECONDS):
             return
         self._rollout_shown = now
-        finished = progress["num_rows"] - progress["num_active"]
         speed = progress["num_tokens"] / (now - self._rollout_start)
-        text = f"{_TRAINING}, rollout: {finished}/{progress['num_rows']} responses, {speed:.0f} tokens/s"
+        text = f"{_TRAINING}, rollout: {describe(progress)}, {speed:.0f} tokens/s"
         if is_terminal:
             self._bar.set_description(text)
         else:

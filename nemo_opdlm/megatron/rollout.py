@@ -156,7 +156,9 @@ def _report_of_all(
     on_progress: Callable[..., None] | None, num_rows: list[int]
 ) -> Callable[[int], Callable[[RolloutProgress], None] | None]:
     """Add up what batches that are in flight together report, as if they were one."""
-    states = [RolloutProgress(num_forwards=0, num_active=n, num_rows=n, num_tokens=0) for n in num_rows]
+    states = [
+        RolloutProgress(num_forwards=0, num_row_forwards=0, num_active=n, num_rows=n, num_tokens=0) for n in num_rows
+    ]
 
     def report_of(number: int) -> Callable[[RolloutProgress], None] | None:
         if on_progress is None:

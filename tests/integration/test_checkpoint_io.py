@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from nemo_opdlm.diffusion.sampler import RolloutProgress
 from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.megatron import atomic_folder
@@ -312,6 +313,8 @@ def test_a_long_rollout_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     stream, module = io.StringIO(), SimpleNamespace()
     bar = StepProgressBar(stream=stream)
     bar.on_train_start(SimpleNamespace(max_steps=4, global_step=0), module)  # type: ignore[arg-type]
-    module.rollout_progress({"num_forwards": 0, "num_active": 8, "num_rows": 8, "num_tokens": 0})
-    module.rollout_progress({"num_forwards": 9, "num_active": 5, "num_rows": 8, "num_tokens": 60})
-    assert re.search(r"Training, rollout: 3/8 responses, \d+ tokens/s$", stream.getvalue(), re.MULTILINE)
+    start = RolloutProgress(num_forwards=0, num_row_forwards=0, num_active=8, num_rows=8, num_tokens=0)
+    module.rollout_progress(start)
+    module.rollout_progress({**start, "num_forwards": 9, "num_row_forwards": 48, "num_active": 5, "num_tokens": 60})
+    line = r"Training, rollout: 3/8 responses, 1\.25 tokens per forward, \d+ tokens/s$"
+    assert re.search(line, stream.getvalue(), re.MULTILINE)

@@ -297,6 +297,8 @@ def test_progress_is_reported_before_each_forward_and_at_the_end() -> None:
     active = [int((trajectory.num_forwards > forward).sum()) for forward in range(num_forwards + 1)]
     assert [report["num_active"] for report in reports] == active
     assert all(report["num_rows"] == 6 for report in reports)
+    row_forwards = [int(trajectory.num_forwards.clamp(max=forward).sum()) for forward in range(num_forwards + 1)]
+    assert [report["num_row_forwards"] for report in reports] == row_forwards
     tokens = [report["num_tokens"] for report in reports]
     assert tokens[0] == 0 and tokens == sorted(tokens)
     assert tokens[-1] == int((trajectory.row_end - trajectory.prompt_len).sum())

@@ -2,11 +2,14 @@
 
 import io
 import logging
+import re
+import time
 import warnings
 
 import pytest
 from rich.console import Console, RenderableType
 
+from nemo_opdlm.diffusion.sampler import RolloutProgress
 from nemo_opdlm.report.figures import FIGURES
 from nemo_opdlm.report.progress import RolloutBar
 from nemo_opdlm.report.quiet import quiet_imports, quiet_runs
@@ -46,11 +49,34 @@ def test_tokens_of_one_forward_have_one_colour() -> None:
     assert "\x1b[" in rendered(order, terminal=True) and "\x1b[" not in rendered(order)
 
 
+class Terminal(io.StringIO):
+    """A stream that bars are drawn on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def progress(num_tokens: int, num_active: int) -> RolloutProgress:
+    """Of two rows that have been through four forwards together and through one of them alone."""
+    return RolloutProgress(num_forwards=5, num_row_forwards=9, num_active=num_active, num_rows=2, num_tokens=num_tokens)
+
+
+def test_a_bar_shows_speed_tokens_per_forward_and_finished_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    bar = RolloutBar("Writing", 20)
+    time.sleep(0.2)  # a bar is redrawn ten times a second
+    bar(progress(18, num_active=1))
+    bar.close()
+    line = r"Writing: +90%.* 18/20 \[.*(tokens/s|s/ tokens), 1/2 responses, 2\.00 tokens per forward\]"
+    assert re.search(line, terminal.getvalue())
+
+
 def test_a_bar_adds_up_batches_and_never_passes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     bar = RolloutBar("Writing", 20)
     shown = []
     for tokens, active in ((0, 2), (4, 2), (8, 0), (0, 2), (14, 0)):
-        bar({"num_forwards": 1, "num_active": active, "num_rows": 2, "num_tokens": tokens})
+        bar(progress(tokens, active))
         shown.append(bar.num_tokens)
     bar.close()
     assert shown == [0, 4, 8, 8, 20]
@@ -58,7 +84,7 @@ def test_a_bar_adds_up_batches_and_never_passes_its_end(monkeypatch: pytest.Monk
 
 def test_no_bar_is_drawn_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     bar = RolloutBar("Writing", 20)
-    bar({"num_forwards": 1, "num_active": 0, "num_rows": 1, "num_tokens": 20})
+    bar(progress(20, num_active=0))
     bar.close()
     assert capfd.readouterr() == ("", "")
 
