@@ -63,13 +63,13 @@ class Candidates:
         proposal: tokens, confidence and entropy ``[B, b]``.
         masked: bool ``[B, b]``, what may be revealed.
         quota: int64 ``[B, 1]``, at least 1.
-        uniform: ``[B, b]``, for the random strategy.
+        uniform: draws ``[B, b]``, for the random strategy.
     """
 
     proposal: Proposal
     masked: Tensor
     quota: Tensor
-    uniform: Tensor
+    uniform: Callable[[], Tensor]
 
     def highest(self, score: Tensor) -> Tensor:
         """The ``quota`` masked positions of highest score (NaN above all, ties from the left), bool ``[B, b]``."""
@@ -84,7 +84,7 @@ def quota(block_size: int, denoising_steps: int) -> Tensor:
 
 
 def positions_to_reveal(
-    params: RemaskingParams, proposal: Proposal, masked: Tensor, quota: Tensor, uniform: Tensor
+    params: RemaskingParams, proposal: Proposal, masked: Tensor, quota: Tensor, uniform: Callable[[], Tensor]
 ) -> Tensor:
     """Masked positions to reveal now, bool ``[B, b]``: a subset of ``masked``, never empty where a mask is left.
 
@@ -93,7 +93,7 @@ def positions_to_reveal(
         proposal: for each position ``[B, b]``; read at masked ones only.
         masked: bool ``[B, b]``.
         quota: n_s of each row's denoising step, int64 ``[B]``.
-        uniform: ``[B, b]``, drives the random strategy.
+        uniform: draws ``[B, b]`` random numbers; only the random strategy asks for them.
     """
     # A quota of 0 (more steps than tokens) would stall a block whose masks outlive the others.
     candidates = Candidates(proposal, masked, quota.clamp(min=1)[:, None], uniform)
@@ -121,11 +121,11 @@ def _entropy_bounded(params: RemaskingParams, candidates: Candidates) -> Tensor:
 
 
 def _sequential(params: RemaskingParams, candidates: Candidates) -> Tensor:
-    return candidates.highest(torch.zeros_like(candidates.uniform))
+    return candidates.highest(torch.zeros_like(candidates.proposal.confidence))
 
 
 def _random(params: RemaskingParams, candidates: Candidates) -> Tensor:
-    return candidates.highest(candidates.uniform)
+    return candidates.highest(candidates.uniform())
 
 
 _STRATEGIES: dict[RemaskingStrategy, Callable[[RemaskingParams, Candidates], Tensor]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, TypedDict
 
 import torch
@@ -173,7 +174,7 @@ def decode(
         proposal = yield canvas.query(blocks)
         assert proposal is not None
         reveal = positions_to_reveal(
-            settings.remasking, proposal, masked, canvas.quota(blocks), canvas.uniform(Stream.REMASKING, blocks)
+            settings.remasking, proposal, masked, canvas.quota(blocks), partial(canvas.uniform, Stream.REMASKING, blocks)
         )
         canvas.reveal(blocks, reveal, proposal)
         canvas.advance(blocks, is_complete=~(masked & ~reveal).any(-1))

@@ -26,6 +26,16 @@ def random_case(block_size: int, rows: int = 64, seed: int = 0) -> tuple[Proposa
     return Proposal(torch.zeros_like(masked).long(), confidence, entropy), masked, quotas, uniform
 
 
+def revealed(params: RemaskingParams, proposal: Proposal, masked: Tensor, quotas: Tensor, uniform: Tensor) -> Tensor:
+    """Positions to reveal, with random numbers that only the random strategy may ask for."""
+
+    def draw() -> Tensor:
+        assert params.strategy is RemaskingStrategy.RANDOM
+        return uniform
+
+    return positions_to_reveal(params, proposal, masked, quotas, draw)
+
+
 def as_oracle(proposal: Proposal, row: int, masked: Tensor) -> dict[int, OracleProposal]:
     return {
         i: OracleProposal(0, float(proposal.confidence[row, i]), float(proposal.entropy[row, i]))
@@ -39,7 +49,7 @@ def test_equals_the_slow_loops(strategy: RemaskingStrategy, block_size: int) -> 
     proposal, masked, quotas, uniform = random_case(block_size)
     for threshold, bound in ((0.0, 0.0), (0.5, 0.35), (0.9, 0.125), (1.0, 10.0)):
         params = RemaskingParams(strategy, threshold, bound)
-        actual = positions_to_reveal(params, proposal, masked, quotas, uniform)
+        actual = revealed(params, proposal, masked, quotas, uniform)
         assert actual.shape == masked.shape and actual.dtype == torch.bool
         for row in range(len(masked)):
             proposals = as_oracle(proposal, row, masked)
@@ -51,7 +61,7 @@ def test_equals_the_slow_loops(strategy: RemaskingStrategy, block_size: int) -> 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_reveals_masks_only_and_at_least_one_where_any_is_left(strategy: RemaskingStrategy) -> None:
     proposal, masked, quotas, uniform = random_case(5, seed=1)
-    reveal = positions_to_reveal(RemaskingParams(strategy), proposal, masked, quotas, uniform)
+    reveal = revealed(RemaskingParams(strategy), proposal, masked, quotas, uniform)
     assert not (reveal & ~masked).any()
     assert torch.equal(reveal.any(-1), masked.any(-1))
 
@@ -61,7 +71,7 @@ def test_broken_proposals_do_not_stall_a_block(strategy: RemaskingStrategy) -> N
     _, masked, quotas, uniform = random_case(5, seed=2)
     broken = torch.full(masked.shape, math.nan)
     proposal = Proposal(torch.zeros_like(masked).long(), broken, broken)
-    reveal = positions_to_reveal(RemaskingParams(strategy), proposal, masked, quotas, uniform)
+    reveal = revealed(RemaskingParams(strategy), proposal, masked, quotas, uniform)
     assert not (reveal & ~masked).any()
     assert torch.equal(reveal.any(-1), masked.any(-1))
 
@@ -70,26 +80,26 @@ def test_broken_proposals_do_not_stall_a_block(strategy: RemaskingStrategy) -> N
 def test_a_row_does_not_depend_on_the_other_rows(strategy: RemaskingStrategy) -> None:
     proposal, masked, quotas, uniform = random_case(4, seed=3)
     params = RemaskingParams(strategy, 0.5)
-    together = positions_to_reveal(params, proposal, masked, quotas, uniform)
+    together = revealed(params, proposal, masked, quotas, uniform)
     for row in range(0, len(masked), 7):
         one = slice(row, row + 1)
         alone = Proposal(proposal.token_ids[one], proposal.confidence[one], proposal.entropy[one])
-        assert torch.equal(positions_to_reveal(params, alone, masked[one], quotas[one], uniform[one]), together[one])
+        assert torch.equal(revealed(params, alone, masked[one], quotas[one], uniform[one]), together[one])
 
 
 def test_threshold_one_is_static_and_threshold_zero_reveals_everything() -> None:
     proposal, masked, quotas, uniform = random_case(6, seed=4)
     certain = Proposal(proposal.token_ids, proposal.confidence.clamp(min=0.01), proposal.entropy)
     arguments = (certain, masked, quotas, uniform)
-    static = positions_to_reveal(RemaskingParams(STATIC), *arguments)
-    assert torch.equal(positions_to_reveal(RemaskingParams(DYNAMIC, 1.0), *arguments), static)
-    assert torch.equal(positions_to_reveal(RemaskingParams(DYNAMIC, 0.0), *arguments), masked)
+    static = revealed(RemaskingParams(STATIC), *arguments)
+    assert torch.equal(revealed(RemaskingParams(DYNAMIC, 1.0), *arguments), static)
+    assert torch.equal(revealed(RemaskingParams(DYNAMIC, 0.0), *arguments), masked)
 
 
 @pytest.mark.parametrize("strategy", [STATIC, RemaskingStrategy.SEQUENTIAL, RemaskingStrategy.RANDOM])
 def test_quota_strategies_reveal_the_quota_or_what_is_left(strategy: RemaskingStrategy) -> None:
     proposal, masked, quotas, uniform = random_case(6, seed=5)
-    reveal = positions_to_reveal(RemaskingParams(strategy), proposal, masked, quotas, uniform)
+    reveal = revealed(RemaskingParams(strategy), proposal, masked, quotas, uniform)
     assert torch.equal(reveal.sum(-1), torch.minimum(quotas.clamp(min=1), masked.sum(-1)))
 
 
@@ -99,7 +109,7 @@ def test_random_positions_are_equally_likely() -> None:
     masked = torch.tensor([True, False, True, True, True]).expand(rows, -1)
     zeros = torch.zeros(rows, 5)
     proposal, one = Proposal(zeros.long(), zeros, zeros), torch.ones(rows).long()
-    reveal = positions_to_reveal(RemaskingParams(RemaskingStrategy.RANDOM), proposal, masked, one, uniform)
+    reveal = revealed(RemaskingParams(RemaskingStrategy.RANDOM), proposal, masked, one, uniform)
     expected = torch.tensor([0.25, 0, 0.25, 0.25, 0.25])
     torch.testing.assert_close(reveal.float().mean(0), expected, atol=5 * (0.19 / rows) ** 0.5, rtol=0)
 
@@ -117,7 +127,7 @@ def test_entropy_bound_is_a_strict_bound_on_the_sum_that_includes_the_position()
         (1, [0, 1, 2, 3]),
     ):
         params = RemaskingParams(RemaskingStrategy.ENTROPY_BOUNDED, entropy_bound=bound)
-        reveal = positions_to_reveal(params, proposal, masked, torch.ones(1).long(), entropy)
+        reveal = revealed(params, proposal, masked, torch.ones(1).long(), entropy)
         assert reveal[0].nonzero()[:, 0].tolist() == expected, bound
 
 
