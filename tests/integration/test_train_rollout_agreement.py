@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
+from nemo_opdlm.diffusion.masks import TokenAttributes
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import Query, RolloutSettings, rollout
@@ -22,13 +24,16 @@ from nemo_opdlm.megatron.forward import MicroBatch, forward_backward, forward_on
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import ParallelContext
+from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.step import distillation_loss, micro_batches, total
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.testing import tiny
+from nemo_opdlm.testing.oracles import oracle_rollout
 
 TOLERANCE = 1e-4
 STATIC, DYNAMIC = RemaskingStrategy.LOW_CONFIDENCE_STATIC, RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC
+OTHERS = [strategy for strategy in RemaskingStrategy if strategy is not DYNAMIC]
 BLOCK_SIZES = (1, 2, 4, 8)
 END_TOKEN_IDS = tuple(range(30, 36))
 FORBIDDEN = torch.arange(tiny.VOCAB_SIZE) >= tiny.NUM_TOKENS
@@ -239,6 +244,49 @@ def test_the_fused_commit_leaves_the_cache_and_the_logits_of_a_separate_cache_wr
         for ours, theirs in zip(fused.cache.layer(layer), separate.cache.layer(layer), strict=True):
             rows_first = (x[:, :, : fused.cache.length].transpose(1, 2)[committed] for x in (ours, theirs))
             torch.testing.assert_close(*rows_first, atol=TOLERANCE, rtol=0)
+
+
+@dataclass(frozen=True)
+class WithoutCache:
+    """The network as the slow loop asks it: every forward over the whole text, nothing kept."""
+
+    network: StagedGPT
+    block_size: int
+    params: SamplingParams
+    forbidden_mask: Tensor = FORBIDDEN
+
+    def logits(self, token_ids: list[int], start: int) -> Tensor:
+        ids, positions = torch.tensor([token_ids]), torch.arange(len(token_ids))[None]
+        clean = torch.zeros_like(positions)
+        batch = MicroBatch(ids, TokenAttributes(clean, clean, positions, positions // self.block_size))
+        with evaluating(self.network):
+            return LMHead(self.network).logits(
+                forward_only(self.network, [batch], lambda hidden, _: hidden[0, start:])[0]
+            )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("block_size", "strategy"), [*((size, DYNAMIC) for size in BLOCK_SIZES), *((4, s) for s in OTHERS)]
+)
+def test_the_engine_writes_what_the_slow_loop_without_a_cache_writes(
+    fresh: StagedGPT, block_size: int, strategy: RemaskingStrategy, temperature: float
+) -> None:
+    params, decoding = SamplingParams(temperature), settings(block_size, strategy)
+    requests = prompts(block_size)
+    # Fewer slots than rows: some rows follow others in theirs.
+    trajectory = RolloutEngine(fresh, params, FORBIDDEN, max_batch_size=4).generate(*requests, decoding)
+    slow = WithoutCache(fresh, block_size, params)
+    for row, (prompt_ids, prompt_len, limit, sample) in enumerate(zip(*requests, strict=True)):
+        expected = oracle_rollout(slow, prompt_ids[:prompt_len].tolist(), int(limit), int(sample), decoding)
+        end = len(expected.token_ids)
+        assert trajectory.row_end[row] == end
+        assert trajectory.token_ids[row, :end].tolist() == expected.token_ids
+        assert trajectory.unmask_step[row, :end].tolist() == expected.unmask_step
+        assert trajectory.confidence[row, :end].tolist() == pytest.approx(expected.confidence, rel=TOLERANCE)
+        assert trajectory.response_len[row] == expected.response_len
+        assert trajectory.finish_reason[row] == expected.finish_reason
+        assert trajectory.num_forwards[row] == expected.num_forwards
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -62,7 +62,7 @@ def test_other_families_have_the_gradients_of_one_process(
     assert_same_gradients(archive, tmp_path / "four", tmp_path / "one", 2)
 
 
-@pytest.mark.parametrize("name", ["TP2xPP2", "TP2+SPxCP2", "CP2xDP2"])
+@pytest.mark.parametrize("name", ["TP2xPP2", "CP2xDP2"])
 def test_the_gap_to_the_rollout_is_that_of_one_process(
     name: str, one_process: tuple[Outcome, Path], glassllm: str, four_ranks: Ranks
 ) -> None:

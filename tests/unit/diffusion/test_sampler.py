@@ -12,7 +12,7 @@ from nemo_opdlm.diffusion.remasking import RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, _Status, rollout
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.testing.fake_denoiser import FakeDenoiser
-from nemo_opdlm.testing.oracles import oracle_rollout
+from nemo_opdlm.testing.oracles import oracle_quota, oracle_rollout
 from nemo_opdlm.testing.trajectories import (
     END_TOKEN_ID,
     MASK_TOKEN_ID,
@@ -99,6 +99,52 @@ def test_every_token_of_a_row_is_unmasked_exactly_once_and_then_stays(
                 assert token == (MASK_TOKEN_ID if when[position] >= forward else final[position])
 
 
+@pytest.mark.parametrize("block_size", range(1, 65))
+def test_any_block_size_and_number_of_steps_unmasks_by_its_strategy(block_size: int) -> None:
+    """What the record alone can tell; the slow loop is compared with for smaller blocks."""
+    numbers_of_steps = [1, block_size, -(-block_size // 2), -(-block_size // 3), max(block_size - 1, 1)]
+    for number, strategy in enumerate(STRATEGIES):
+        steps = numbers_of_steps[(number + block_size) % len(numbers_of_steps)]
+        settings = rollout_settings(block_size, strategy, steps, threshold=0.4)
+        prompt_len = torch.tensor([1, block_size, block_size + block_size // 2 + 1])
+        prompt_ids = torch.arange(3 * 2 * block_size).reshape(3, -1) % END_TOKEN_ID
+        limits = torch.tensor([block_size + 1, block_size, 1])
+        denoiser = fake_denoiser(block_size)
+        trajectory = rollout(denoiser, prompt_ids, prompt_len, limits, torch.arange(3), settings, num_slots=2)
+        for row in range(3):
+            start, end = int(prompt_len[row]), int(trajectory.row_end[row])
+            assert trajectory.token_ids[row, :start].tolist() == prompt_ids[row, :start].tolist()
+            assert trajectory.unmask_step[row, :start].tolist() == [0] * start
+            assert MASK_TOKEN_ID not in trajectory.token_ids[row, start:end].tolist()
+            assert_unmasked_by_its_strategy(trajectory, row, settings)
+
+
+def assert_unmasked_by_its_strategy(trajectory: Trajectory, row: int, settings: RolloutSettings) -> None:
+    size, strategy = settings.block_size, settings.remasking.strategy
+    when, confidence = trajectory.unmask_step[row].tolist(), trajectory.confidence[row].tolist()
+    start, num_forwards = int(trajectory.prompt_len[row]), 0
+    for block in range(start - start % size, int(trajectory.row_end[row]), size):
+        places = range(max(block, start), block + size)
+        for quota in oracle_quota(size, settings.denoising_steps):
+            masked = [i for i in places if when[i] > num_forwards]
+            if not masked:
+                break
+            num_forwards += 1
+            revealed = [i for i in masked if when[i] == num_forwards]
+            least = min(max(quota, 1), len(masked))
+            if strategy == DYNAMIC:
+                sure = [i for i in revealed if confidence[i] > settings.remasking.threshold]
+                assert len(revealed) == max(len(sure), least)
+            elif strategy == RemaskingStrategy.ENTROPY_BOUNDED:
+                assert len(revealed) >= least
+            else:
+                assert len(revealed) == least
+            if strategy == RemaskingStrategy.SEQUENTIAL:
+                assert revealed == masked[:least]
+        assert all(when[i] <= num_forwards for i in places), "a token was revealed after its block's last step"
+    assert num_forwards == trajectory.num_forwards[row]
+
+
 @pytest.mark.parametrize("token", [MASK_TOKEN_ID, END_TOKEN_ID])
 def test_prompt_tokens_in_the_first_block_are_kept_whatever_they_are(token: int) -> None:
     prompt_ids, one = torch.full((1, 3), token), torch.tensor([1])
@@ -119,10 +165,12 @@ def test_mask_and_forbidden_tokens_are_never_written(strategy: RemaskingStrategy
     assert not torch.isin(written, torch.tensor([MASK_TOKEN_ID, 0, 5])).any()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("block_size", "steps"), BLOCKS_AND_STEPS)
-def test_threshold_one_reproduces_static(block_size: int, steps: int) -> None:
-    static, _ = run(rollout_settings(block_size, STATIC, steps))
-    dynamic, _ = run(rollout_settings(block_size, DYNAMIC, steps, threshold=1.0))
+def test_threshold_one_reproduces_static(block_size: int, steps: int, temperature: float) -> None:
+    params = SamplingParams(temperature)
+    static, _ = run(rollout_settings(block_size, STATIC, steps), params=params)
+    dynamic, _ = run(rollout_settings(block_size, DYNAMIC, steps, threshold=1.0), params=params)
     assert_rows_equal(dynamic, static)
 
 
