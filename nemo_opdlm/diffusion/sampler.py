@@ -118,7 +118,12 @@ def rollout(
     late_reads: bool = False,
 ) -> Trajectory:
     """Answer prompts with one network that answers at once; see `decode` for the arguments."""
-    steps = decode(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
+    arguments = (prompt_ids, prompt_len, max_new_tokens, sample_ids, settings)
+    return run(denoiser, decode(*arguments, on_progress, num_slots, late_reads))
+
+
+def run(denoiser: Denoiser, steps: Generator[Query, Proposal | None, Trajectory]) -> Trajectory:
+    """Let a network answer the queries of a sampler, one after the other."""
     answer: Proposal | None = None
     while True:
         try:

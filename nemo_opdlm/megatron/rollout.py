@@ -1,6 +1,6 @@
-"""Rollouts on the training weights: batches of prompts, decoded by block diffusion or autoregressively, on any layout."""
+"""Rollouts on the training weights: batches of prompts, by block diffusion or from left to right, on any layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import AttentionRule
-from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, decode
+from nemo_opdlm.diffusion.sampler import Query, RolloutProgress, RolloutSettings, decode
+from nemo_opdlm.diffusion.speculative import speculate
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import CausalDenoiser, MegatronDenoiser
 from nemo_opdlm.megatron.flight import Flight, fly
+from nemo_opdlm.megatron.speculative import SpeculativeDenoiser
 from nemo_opdlm.megatron.student import StagedGPT, autocast
+
+#: What decides which forwards are made, as `decode` does.
+Sampler = Callable[..., Generator[Query, Proposal | None, Trajectory]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,25 @@ class RolloutEngine:
             on_progress,
         ).with_block_size(settings.block_size)
 
+    def generate_speculative(
+        self,
+        prompt_ids: Tensor,
+        prompt_len: Tensor,
+        max_new_tokens: Tensor,
+        sample_ids: Tensor,
+        settings: RolloutSettings,
+        on_progress: Callable[..., None] | None = None,
+    ) -> Trajectory:
+        """The tokens of `generate_autoregressive`, drafted by the block, and never in more forwards; see `speculate`."""
+        return self._decode(
+            SpeculativeDenoiser,
+            AttentionRule.CAUSAL,
+            (prompt_ids, prompt_len, max_new_tokens, sample_ids),
+            settings,
+            on_progress,
+            speculate,
+        )
+
     @torch.no_grad()
     def _decode(
         self,
@@ -89,11 +113,20 @@ class RolloutEngine:
         requests: tuple[Tensor, Tensor, Tensor, Tensor],
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
+        sampler: Sampler = decode,
     ) -> Trajectory:
         batches = self._batches(*requests[1:3], settings.block_size)
         report = _report_of_all(on_progress, [rows.numel() for rows, _ in batches])
         flights = [
-            partial(self._start, denoiser_type, tuple(part[rows] for part in requests), num_slots, settings, report(number))
+            partial(
+                self._start,
+                sampler,
+                denoiser_type,
+                tuple(part[rows] for part in requests),
+                num_slots,
+                settings,
+                report(number),
+            )
             for number, (rows, num_slots) in enumerate(batches)
         ]
         was_training = self.model.training
@@ -129,6 +162,7 @@ class RolloutEngine:
 
     def _start(
         self,
+        sampler: Sampler,
         denoiser_type: type[MegatronDenoiser],
         requests: tuple[Tensor, Tensor, Tensor, Tensor],
         num_slots: int,
@@ -149,7 +183,7 @@ class RolloutEngine:
             self.forbidden,
             fixed_shapes=runs_ahead,
         )
-        return Flight(decode(*requests, settings, on_progress, num_slots, runs_ahead), denoiser)
+        return Flight(sampler(*requests, settings, on_progress, num_slots, runs_ahead), denoiser)
 
 
 def _report_of_all(

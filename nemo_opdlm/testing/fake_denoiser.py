@@ -71,7 +71,7 @@ class FakeDenoiser:
     def prefill(self, query: Query) -> None:
         """Commit whole prompt blocks."""
         self.prefills.append(Call.of(query))
-        for row, tokens, positions in _queries(self.prefills[-1]):
+        for row, tokens, positions in queries(self.prefills[-1]):
             self.chains.pop(row, None)
             assert positions[0] == 0, f"slot {row} was prefilled from {positions[0]} on"
             for start in range(0, len(tokens), self.block_size):
@@ -82,7 +82,7 @@ class FakeDenoiser:
         assert query.uniform is not None
         self.forwards.append(Call.of(query))
         logits = []
-        for row, tokens, positions in _queries(self.forwards[-1]):
+        for row, tokens, positions in queries(self.forwards[-1]):
             block, at = tokens[-self.block_size :], positions[-self.block_size :]
             if positions[0] == 0:
                 self.chains.pop(row, None)
@@ -105,7 +105,7 @@ class FakeDenoiser:
         return [
             (positions[-self.block_size], tuple(tokens[-self.block_size :]))
             for call in self.forwards
-            for of, tokens, positions in _queries(call)
+            for of, tokens, positions in queries(call)
             if of == row
         ]
 
@@ -131,7 +131,7 @@ class FakeDenoiser:
         return logits if self.bias is None else logits + self.bias
 
 
-def _queries(call: Call) -> list[tuple[int, list[int], list[int]]]:
+def queries(call: Call) -> list[tuple[int, list[int], list[int]]]:
     """Row, tokens and positions of each query, without its invalid places."""
     return [
         (int(row), tokens[valid].tolist(), positions[valid].tolist())
