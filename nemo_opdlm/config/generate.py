@@ -9,7 +9,7 @@ from nemo_opdlm.config.rules import RANGES
 from nemo_opdlm.config.schema import ChatTemplate
 from nemo_opdlm.config.validation import check_apex
 
-Mode = Literal["dynamic", "static", "autoregressive"]
+Mode = Literal["dynamic", "static", "autoregressive", "speculative"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class GenerateConfig:
         prompts_file: a file of prompts instead, as for training.
         chat_template: apply the tokenizer's; "auto" = if it has one.
         mode: `dynamic` reveals every token above `threshold`, `static` a fixed number per forward, and
-            `autoregressive` writes token by token from left to right, with the same weights.
-        block_size: tokens denoised together; null = the model's own.
+            `autoregressive` writes token by token from left to right, with the same weights. `speculative` writes what
+            `autoregressive` does in fewer forwards: it drafts `block_size` tokens and keeps what causal logits confirm.
+        block_size: tokens denoised or drafted together; null = the model's own.
         denoising_steps: forwards a block may take; null = block_size. Fewer make `static` faster.
         threshold: confidence above which `dynamic` reveals a token.
         max_new_tokens: longest response; the model's context may cut it shorter.

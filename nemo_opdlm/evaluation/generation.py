@@ -1,4 +1,4 @@
-"""Text from an archive, by block diffusion or plain autoregressive decoding with the same weights; needs no NeMo."""
+"""Text from an archive, by block diffusion, autoregressive or self-speculative decoding with the same weights; needs no NeMo."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ _REMASKING = {
     "dynamic": RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC,
     "static": RemaskingStrategy.LOW_CONFIDENCE_STATIC,
     "autoregressive": RemaskingStrategy.LOW_CONFIDENCE_STATIC,
+    "speculative": RemaskingStrategy.LOW_CONFIDENCE_STATIC,
 }
 
 
@@ -127,7 +128,11 @@ class Generator:
             self.tokens.forbidden.to(device),
             config.batch_size,
         )
-        decode = engine.generate_autoregressive if config.mode == "autoregressive" else engine.generate
+        from_left_to_right = {
+            "autoregressive": engine.generate_autoregressive,
+            "speculative": engine.generate_speculative,
+        }
+        decode = from_left_to_right.get(config.mode, engine.generate)
         arguments = (prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
         return decode(*(tensor.to(device) for tensor in arguments), settings, on_progress)
 

@@ -73,7 +73,17 @@ def test_the_block_size_can_be_another_than_the_models(generator: Generator) -> 
     assert trajectory.block_size == 8 and trajectory.num_forwards.tolist() == [3]
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static", "autoregressive"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculative_text_is_the_autoregressive_text(generator: Generator, temperature: float) -> None:
+    config = replace(CONFIG, mode="autoregressive", temperature=temperature, max_new_tokens=48)
+    prompts = generator.encode(prompt_rows(config))
+    expected = generator.generate(prompts, config)
+    found = generator.generate(prompts, replace(config, mode="speculative"))
+    assert torch.equal(found.token_ids, expected.token_ids) and torch.equal(found.response_len, expected.response_len)
+    assert found.num_forwards.sum() < expected.num_forwards.sum()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "autoregressive", "speculative"])
 def test_a_response_depends_on_the_seed_and_not_on_its_batch(generator: Generator, mode: str) -> None:
     config = replace(CONFIG, mode=mode, temperature=1.0)  # type: ignore[arg-type]
     prompts = generator.encode(prompt_rows(config))
