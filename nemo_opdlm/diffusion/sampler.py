@@ -170,7 +170,7 @@ def decode(
             that it has just asked for. The answers are the same. A finished row keeps its slot for one forward more, which
             leaves no trace, and the shapes of queries are few: every row brings two blocks, slots are halved at the end.
     """
-    canvas = _Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
+    canvas = Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
     while (blocks := canvas.open_blocks()) is not None:
         prefill = canvas.prefill(blocks)
         if prefill is not None:
@@ -188,7 +188,7 @@ def decode(
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """The blocks ``[A, b]`` that one forward denoises, one in each slot that takes part.
 
     Attributes:
@@ -282,7 +282,7 @@ class _Slots:
         return (~is_free).nonzero()[:, 0]
 
 
-class _Canvas:
+class Canvas:
     """The rows while they are written: prompt, decoded blocks, masks, on absolute positions ``[B, L]``."""
 
     def __init__(
@@ -331,7 +331,7 @@ class _Canvas:
         """Where the rows are."""
         return self.token_ids.device
 
-    def prefill(self, blocks: _Blocks) -> Query | None:
+    def prefill(self, blocks: Blocks) -> Query | None:
         """The whole prompt blocks of new rows but the last, which is committed by the first denoising forward."""
         prefill_len = self._first_starts[blocks.host_rows] - self.block_size
         longer = (blocks.is_new & (prefill_len > 0)).nonzero()[:, 0]
@@ -345,7 +345,7 @@ class _Canvas:
             blocks.slots[longer], self.token_ids[blocks.rows[longer], :width], positions, valid, width, uniform=None
         )
 
-    def open_blocks(self) -> _Blocks | None:
+    def open_blocks(self) -> Blocks | None:
         """The blocks to denoise now, None when every row is finished."""
         while len(self._statuses) > self.late_reads:
             self._take_in(self._statuses.pop(0))
@@ -360,7 +360,7 @@ class _Canvas:
         rows, slots = torch.stack([host_rows, host_slots]).to(self.device)
         # A row that is finished, of which the host may not have heard, takes part in no forward.
         self.num_forwards[rows] += self.response_len[rows] == 0
-        return _Blocks(
+        return Blocks(
             rows,
             slots,
             self.block_start[rows, None] + self.offsets,
@@ -378,7 +378,7 @@ class _Canvas:
         multiple = _KEYS_MULTIPLE * self.block_size
         return min(-(-(start + 2 * self.block_size) // multiple) * multiple, self.token_ids.shape[1])
 
-    def tell(self, blocks: _Blocks) -> None:
+    def tell(self, blocks: Blocks) -> None:
         """Send the state of the rows to the host: the one read of a forward."""
         num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
         columns = (self.response_len == 0, self.has_pending, self.denoising_step, self.block_start, num_tokens)
@@ -412,7 +412,7 @@ class _Canvas:
                 )
             )
 
-    def query(self, blocks: _Blocks) -> Query:
+    def query(self, blocks: Blocks) -> Query:
         """``[pending | block]``, or the blocks alone where nothing is pending."""
         rows, positions = blocks.rows, blocks.positions
         valid = torch.ones(positions.shape, dtype=torch.bool)
@@ -424,16 +424,16 @@ class _Canvas:
         uniform = self.uniform(Stream.PROPOSAL, blocks)
         return Query(blocks.slots, token_ids, positions, valid, blocks.num_keys, uniform)
 
-    def uniform(self, stream: Stream, blocks: _Blocks) -> Tensor:
+    def uniform(self, stream: Stream, blocks: Blocks) -> Tensor:
         """Random numbers ``[A, b]`` of this forward, keyed by sample, position and the row's own count of forwards."""
         samples, forwards = self.sample_ids[blocks.rows, None], self.num_forwards[blocks.rows, None]
         return uniform(self.settings.seed, stream, self.settings.step, samples, blocks.positions, forwards)
 
-    def quota(self, blocks: _Blocks) -> Tensor:
+    def quota(self, blocks: Blocks) -> Tensor:
         """n_s of each row's denoising step, ``[A]``."""
         return self.quotas[self.denoising_step[blocks.rows]]
 
-    def reveal(self, blocks: _Blocks, reveal: Tensor, proposal: Proposal) -> None:
+    def reveal(self, blocks: Blocks, reveal: Tensor, proposal: Proposal) -> None:
         """Write the proposed tokens at the revealed positions, and when and how surely they were revealed."""
         forwards = self.num_forwards[blocks.rows, None].to(torch.int32)
         for canvas, new in (
@@ -443,7 +443,7 @@ class _Canvas:
         ):
             canvas[blocks.places] = torch.where(reveal, new, canvas[blocks.places])
 
-    def advance(self, blocks: _Blocks, is_complete: Tensor) -> None:
+    def advance(self, blocks: Blocks, is_complete: Tensor) -> None:
         """Go on to the next denoising step, or to the next block; a row ends at its first end token or its limit."""
         rows, positions = blocks.rows, blocks.positions
         start, limit_end = self.prompt_len[rows], self.limit_end[rows]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal
-from nemo_opdlm.diffusion.sampler import Query, RolloutProgress, RolloutSettings, _Blocks, _Canvas
+from nemo_opdlm.diffusion.sampler import Blocks, Canvas, Query, RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.rng import Stream, uniform
 
@@ -52,7 +52,7 @@ def speculate(
     return canvas.trajectory().with_block_size(settings.block_size)
 
 
-class _SpeculativeCanvas(_Canvas):
+class _SpeculativeCanvas(Canvas):
     """Rows that are written from left to right, in blocks of one token; after a row's written tokens stand its drafts."""
 
     def __init__(
@@ -76,7 +76,7 @@ class _SpeculativeCanvas(_Canvas):
         self.unmask_step = F.pad(self.unmask_step, margin, value=NEVER_UNMASKED)
         self.confidence = F.pad(self.confidence, margin)
 
-    def query(self, blocks: _Blocks) -> Query:
+    def query(self, blocks: Blocks) -> Query:
         """``[pending | drafts | masks]``, what the limit cuts off or no draft stands for being not valid."""
         rows = blocks.rows[:, None]
         positions = blocks.positions - 1 + self.columns
@@ -93,7 +93,7 @@ class _SpeculativeCanvas(_Canvas):
         settings, samples = self.settings, self.sample_ids[rows]
         return uniform(settings.seed, Stream.PROPOSAL, settings.step, samples, positions, forwards)
 
-    def accept(self, blocks: _Blocks, proposal: Proposal) -> None:
+    def accept(self, blocks: Blocks, proposal: Proposal) -> None:
         """Write what causal decoding would have written, up to an end token or the limit, and keep drafts that follow it."""
         rows, offsets = blocks.rows, self.columns[:-1]
         places = rows[:, None], blocks.positions + offsets
