@@ -15,8 +15,8 @@ from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajec
 from nemo_opdlm.rng import Stream, uniform
 
 _PAD = 0
-#: Blocks that the number of visible keys is rounded up to, where shapes are to be few.
-_KEYS_MULTIPLE = 32
+#: The number of visible keys is a multiple of it, where shapes are to be few.
+_KEYS_MULTIPLE = 128
 
 
 class Query(NamedTuple):
@@ -56,7 +56,7 @@ class Denoiser(Protocol):
 
 
 class RolloutProgress(TypedDict):
-    """State of a rollout in plain integers: batched forwards so far, open rows, rows, tokens in finished blocks.
+    """State of a rollout in plain integers: batched forwards so far, open rows, rows, response tokens in finished blocks.
 
     ``num_row_forwards`` counts each forward once for every row that took part.
     """
@@ -308,7 +308,8 @@ class Canvas:
         self.prompt_len = prompt_len
         self.limit_end = prompt_len + max_new_tokens
         self.sample_ids = sample_ids
-        length = -(-int(self.limit_end.max()) // self.block_size) * self.block_size
+        #: Tokens of the longest row, in whole blocks.
+        self.length = length = -(-int(self.limit_end.max()) // self.block_size) * self.block_size
         in_prompt = torch.arange(length, device=prompt_ids.device) < prompt_len[:, None]
         prompt_ids = F.pad(prompt_ids, (0, length - prompt_ids.shape[1]))
         self.token_ids = prompt_ids.masked_fill(~in_prompt, settings.mask_token_id)
@@ -368,20 +369,24 @@ class Canvas:
             host_slots,
             is_new[host_slots],
             self.slots.is_pending[host_slots] | self.late_reads,
-            self._num_keys(int(starts.max())),
+            self.num_keys(int(starts.max())),
         )
 
-    def _num_keys(self, start: int) -> int:
+    def num_keys(self, start: int) -> int:
         """End of the block at ``start``; where reads are late of the one behind it, rounded up to few sizes."""
-        if not self.late_reads:
-            return start + self.block_size
-        multiple = _KEYS_MULTIPLE * self.block_size
-        return min(-(-(start + 2 * self.block_size) // multiple) * multiple, self.token_ids.shape[1])
+        return self.rounded_keys(start + self.block_size * (2 if self.late_reads else 1))
+
+    def rounded_keys(self, num_keys: int) -> int:
+        """A number of keys that is one of few where reads are late, and never beyond the longest row."""
+        if self.late_reads:
+            num_keys = -(-num_keys // _KEYS_MULTIPLE) * _KEYS_MULTIPLE
+        return min(num_keys, self.length)
 
     def tell(self, blocks: Blocks) -> None:
         """Send the state of the rows to the host: the one read of a forward."""
-        num_tokens = (self.block_start - self.prompt_len).clamp(min=0)
-        columns = (self.response_len == 0, self.has_pending, self.denoising_step, self.block_start, num_tokens)
+        is_open = self.response_len == 0
+        num_tokens = torch.where(is_open, (self.block_start - self.prompt_len).clamp(min=0), self.response_len)
+        columns = (is_open, self.has_pending, self.denoising_step, self.block_start, num_tokens)
         on_device = torch.stack([column[blocks.rows].long() for column in columns])
         self._statuses.append(_Status(blocks.host_rows, blocks.host_slots, on_device))
 
@@ -396,8 +401,7 @@ class Canvas:
         num_tokens = num_tokens[is_meant]
         self.slots.is_free[slots[~is_open]] = True
         self.slots.start[slots], self.slots.is_pending[slots] = start, is_pending[is_meant].bool()
-        # The last block of a finished row counts as well.
-        self._num_tokens_of_finished += int((num_tokens + self.block_size)[~is_open].sum())
+        self._num_tokens_of_finished += int(num_tokens[~is_open].sum())
         self._num_tokens_of_open = int(num_tokens[is_open].sum())
 
     def _report(self) -> None:
@@ -463,7 +467,7 @@ class Canvas:
 
     def trajectory(self) -> Trajectory:
         """The finished record, cut to the longest row."""
-        row_end = self.block_start + self.block_size
+        row_end = -(-(self.prompt_len + self.response_len) // self.block_size) * self.block_size
         width = int(row_end.max())
         beyond = torch.arange(width, device=row_end.device) >= row_end[:, None]
         return Trajectory(

@@ -21,6 +21,7 @@ def speculate(
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
+    late_reads: bool = False,
 ) -> Generator[Query, Proposal | None, Trajectory]:
     """Answer prompts as causal decoding does, token for token, in fewer forwards; arguments and contract of `decode`.
 
@@ -41,7 +42,9 @@ def speculate(
     The network must never propose the mask token. ``unmask_step`` counts forwards; remasking and denoising steps have no part
     in this.
     """
-    canvas = _SpeculativeCanvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots)
+    canvas = _SpeculativeCanvas(
+        prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads
+    )
     while (blocks := canvas.open_blocks()) is not None:
         prefill = canvas.prefill(blocks)
         if prefill is not None:
@@ -49,6 +52,7 @@ def speculate(
         proposal = yield canvas.query(blocks)
         assert proposal is not None
         canvas.accept(blocks, proposal)
+        canvas.tell(blocks)
     return canvas.trajectory().with_block_size(settings.block_size)
 
 
@@ -64,9 +68,10 @@ class _SpeculativeCanvas(Canvas):
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None,
         num_slots: int | None,
+        late_reads: bool,
     ) -> None:
         one_by_one = replace(settings, block_size=1, denoising_steps=1)
-        super().__init__(prompt_ids, prompt_len, max_new_tokens, sample_ids, one_by_one, on_progress, num_slots)
+        super().__init__(prompt_ids, prompt_len, max_new_tokens, sample_ids, one_by_one, on_progress, num_slots, late_reads)
         self.draft_size = settings.block_size
         self.num_drafts = torch.zeros_like(prompt_len)
         self.columns = torch.arange(2 * self.draft_size, device=prompt_ids.device)
@@ -76,16 +81,22 @@ class _SpeculativeCanvas(Canvas):
         self.unmask_step = F.pad(self.unmask_step, margin, value=NEVER_UNMASKED)
         self.confidence = F.pad(self.confidence, margin)
 
+    def num_keys(self, start: int) -> int:
+        """End of a query whose pending token stands before ``start``, or of the next one."""
+        return self.rounded_keys(start + self.draft_size * (3 if self.late_reads else 2))
+
     def query(self, blocks: Blocks) -> Query:
-        """``[pending | drafts | masks]``, what the limit cuts off or no draft stands for being not valid."""
+        """``[pending | drafts | masks]``, without what the limit cuts off or no draft stands for."""
         rows = blocks.rows[:, None]
         positions = blocks.positions - 1 + self.columns
         is_mask = self.columns > self.num_drafts[rows]
         token_ids = self.token_ids[rows, positions].masked_fill(is_mask, self.settings.mask_token_id)
         # A draft of the last token a row may have would save nothing: the token before it proposes the last one.
-        is_of_use = positions < self.limit_end[rows] - 1
-        valid = is_of_use & (self.columns <= self.num_drafts[rows] + self.draft_size)
-        return Query(blocks.slots, token_ids, positions, valid, self.causal_uniform(rows, positions[:, 1:]))
+        is_of_use = (positions < self.limit_end[rows] - 1) & (self.columns <= self.num_drafts[rows] + self.draft_size)
+        uniform = self.causal_uniform(rows, positions[:, 1:])
+        positions = torch.where(is_of_use, positions, -1)
+        valid = torch.ones(positions.shape, dtype=torch.bool) if self.late_reads else is_of_use.cpu()
+        return Query(blocks.slots, token_ids, positions, valid, blocks.num_keys, uniform)
 
     def causal_uniform(self, rows: Tensor, positions: Tensor) -> Tensor:
         """The random numbers of causal decoding, whose n-th forward proposes the n-th token of a response."""
@@ -103,6 +114,7 @@ class _SpeculativeCanvas(Canvas):
         is_end = (offsets <= num_accepted) & torch.isin(proposal.token_ids, self.end_token_ids)
         has_end = is_end.any(-1)
         num_written = torch.where(has_end, is_end.to(torch.uint8).argmax(-1), num_accepted[:, 0]) + 1
+        num_written *= self.response_len[rows] == 0
         is_written = offsets < num_written[:, None]
         forwards = self.num_forwards[rows, None].to(torch.int32)
         self.token_ids[places] = proposal.token_ids  # behind what is written stand drafts, or what nobody reads
@@ -117,6 +129,7 @@ class _SpeculativeCanvas(Canvas):
         """Go on behind the written tokens; a row ends at its first end token or its limit."""
         self.block_start[rows] += num_written
         end = self.block_start[rows]
-        is_finished = has_end | (end == self.limit_end[rows])
-        self.response_len[rows] = torch.where(is_finished, end - self.prompt_len[rows], 0)
-        self.finish_reason[rows] = torch.where(has_end, int(FinishReason.END_OF_TURN), int(FinishReason.LENGTH))
+        is_finished = (num_written > 0) & (has_end | (end == self.limit_end[rows]))
+        self.response_len[rows] += torch.where(is_finished, end - self.prompt_len[rows], 0)
+        reason = torch.where(has_end, int(FinishReason.END_OF_TURN), int(FinishReason.LENGTH))
+        self.finish_reason[rows] = torch.where(num_written > 0, reason, self.finish_reason[rows])

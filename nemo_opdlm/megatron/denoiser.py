@@ -81,9 +81,14 @@ class MegatronDenoiser:
 
     def prepare(self, query: Query) -> Forward:
         """What every stage of the pipeline has to know of the forward that answers a query."""
-        if query.uniform is None or self.fixed_shapes:
-            return self._pack(query, None)
-        return self._pack(query, query.token_ids[:, -self.block_size :] == self.mask_token_id)
+        if query.uniform is None:
+            return self._pack(query, torch.empty(0, dtype=torch.int64, device=query.token_ids.device), None)
+        if self.fixed_shapes:
+            return self._pack(query, self._packed_columns(query, torch.arange(-self.block_size, 0)), None)
+        is_asked = query.token_ids[:, -self.block_size :] == self.mask_token_id
+        asked = torch.zeros_like(query.position_ids, dtype=torch.bool)
+        asked[:, -self.block_size :] = is_asked
+        return self._pack(query, self._packed_places(query, asked), is_asked)
 
     def forward(self, forward: Forward) -> Tensor:
         """Run it through all chunks of a network that is whole on this rank; its last hidden states ``[T, hidden]``."""
@@ -123,23 +128,30 @@ class MegatronDenoiser:
         """Logits ``[T, V_local]`` of the rows asked for; the one place where a rollout's logits exist."""
         return self.head.logits(hidden)
 
-    def _pack(self, query: Query, is_asked: Tensor | None) -> Forward:
-        """Pack the valid tokens of a query; ``is_asked [A, b]``: see `Forward`."""
-        slots, valid, device = query.slots, query.valid, query.token_ids.device
+    @staticmethod
+    def _packed_places(query: Query, asked: Tensor) -> Tensor:
+        """Numbers among the packed tokens of those that are ``asked``, bool ``[A, Q]``."""
+        return asked[query.valid.to(asked.device)].nonzero()[:, 0]
+
+    @staticmethod
+    def _packed_columns(query: Query, columns: Tensor) -> Tensor:
+        """Numbers among the packed tokens of some columns ``[C]`` or ``[A, C]`` of a query without gaps."""
+        num_rows, width = query.valid.shape
+        rows = torch.arange(num_rows, device=query.slots.device)[:, None]
+        return (rows * width + columns.to(rows.device) % width).flatten()
+
+    def _pack(self, query: Query, asked: Tensor, is_asked: Tensor | None) -> Forward:
+        """Pack the valid tokens of a query; ``asked`` and ``is_asked`` are those of `Forward`."""
         # Tokens that are to leave no trace stand behind all others: what they see is finite, and nobody sees them.
         position_ids = torch.where(query.position_ids < 0, self.cache.length, query.position_ids)
-        row, column = torch.stack(valid.nonzero(as_tuple=True)).to(device)
+        query = query._replace(position_ids=position_ids)
+        row, column = torch.stack(query.valid.nonzero(as_tuple=True)).to(position_ids.device)
         packed_positions = position_ids[row, column]
+        # A prompt has queries enough of its own, and its mask is large.
         heads = self._heads_per_group if query.uniform is not None else 1
-        cached = CachedQuery(
-            slots,
-            row,
-            column,
-            packed_positions,
-            self._may_attend(position_ids, query.num_keys, heads),
-            heads,
-            is_full=row.numel() == valid.numel(),
-        )
+        may_attend = self._may_attend(query).repeat(1, 1, heads, 1)
+        is_full = row.numel() == query.valid.numel()
+        cached = CachedQuery(query.slots, row, column, packed_positions, may_attend, heads, is_full)
         # Sequence parallelism cuts the packed tokens into equal parts; what fills them up reaches no cache.
         multiple = self.model.parallel.tp_size if self.model.config.sequence_parallel else 1
         filler = (0, -row.numel() % multiple)
@@ -147,41 +159,32 @@ class MegatronDenoiser:
             F.pad(query.token_ids[row, column], filler)[None],
             self._attributes(F.pad(row, filler)[None], F.pad(packed_positions, filler)[None]),
             cached,
-            self._asked(valid, is_asked, device),
+            asked,
             is_asked,
             query.uniform,
         )
 
-    def _asked(self, valid: Tensor, is_asked: Tensor | None, device: torch.device) -> Tensor:
-        """Packed tokens that are proposed for; without ``is_asked`` those of all blocks, in a query without gaps."""
-        if is_asked is None:
-            width = valid.shape[1]
-            return torch.arange(valid.numel(), device=device).view(-1, width)[:, -self.block_size :].flatten()
-        asked = torch.zeros(valid.shape, dtype=torch.bool, device=device)
-        asked[:, -self.block_size :] = is_asked
-        return asked[valid.to(device)].nonzero()[:, 0]
-
-    def _may_attend(self, position_ids: Tensor, num_keys: int, heads: int) -> Tensor:
-        """The mask ``[A, 1, heads * Q, K]``: the rows of the query, once for each head of a group."""
-        document = torch.arange(position_ids.shape[0], device=position_ids.device)[:, None]
-        keys = torch.arange(num_keys, device=position_ids.device).expand(position_ids.shape[0], -1)
-        may_attend = dense(
+    def _may_attend(self, query: Query) -> Tensor:
+        """Which of the first keys of its slot each token of a query sees, bool ``[A, 1, Q, num_keys]``."""
+        positions = query.position_ids
+        document = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        keys = torch.arange(query.num_keys, device=positions.device).expand(positions.shape[0], -1)
+        return dense(
             self.model.attention.rule,
-            self._attributes(document.expand_as(position_ids), position_ids),
+            self._attributes(document.expand_as(positions), positions),
             self._attributes(document.expand_as(keys), keys),
         )
-        return may_attend.repeat(1, 1, heads, 1)
-
-    @property
-    def _heads_per_group(self) -> int:
-        config = self.model.config
-        return int(config.num_attention_heads // (config.num_query_groups or config.num_attention_heads))
 
     def _attributes(self, document_ids: Tensor, position_ids: Tensor) -> TokenAttributes:
         # A cached row is one clean stream: the block being denoised is its newest block.
         return TokenAttributes(
             document_ids, torch.zeros_like(document_ids), position_ids, position_ids // self.block_size
         )
+
+    @property
+    def _heads_per_group(self) -> int:
+        config = self.model.config
+        return int(config.num_attention_heads // (config.num_query_groups or config.num_attention_heads))
 
 
 class CausalDenoiser(MegatronDenoiser):
@@ -196,4 +199,5 @@ class CausalDenoiser(MegatronDenoiser):
             return super().prepare(query)
         assert query.token_ids.shape[1] == 2, "autoregressive decoding needs a prompt token to start from"
         pending = {name: getattr(query, name)[:, :1] for name in ("token_ids", "position_ids", "valid")}
-        return self._pack(query._replace(**pending), None)
+        pending_query = query._replace(**pending)
+        return self._pack(pending_query, self._packed_columns(pending_query, torch.arange(1)), None)

@@ -18,21 +18,23 @@ class SpeculativeDenoiser(MegatronDenoiser):
         """A prefill as it is; else the logits of all tokens but the first mask answer, in the order of their positions."""
         if query.uniform is None:
             return super().prepare(query)
-        is_mask = self._is_mask(query)
-        asked = query.valid & ~(is_mask & (is_mask.cumsum(1) == 1))
-        answers = torch.arange(query.uniform.shape[1], device=asked.device)
-        return self._pack(query, asked, answers < asked.sum(1, keepdim=True))
+        is_mask, answers = self._is_mask(query), torch.arange(query.uniform.shape[1], device=query.slots.device)
+        if self.fixed_shapes:
+            num_causal = is_mask.to(torch.uint8).argmax(1, keepdim=True)
+            return self._pack(query, self._packed_columns(query, answers + (answers >= num_causal)), None)
+        asked = (query.position_ids >= 0) & ~(is_mask & (is_mask.cumsum(1) == 1))
+        return self._pack(query, self._packed_places(query, asked), answers < asked.sum(1, keepdim=True))
 
-    def _may_attend(self, query: Query, num_keys: int) -> Tensor:
+    def _may_attend(self, query: Query) -> Tensor:
         """Everyone sees what stands before it; masks see each other, too."""
-        is_mask = self._is_mask(query)
+        is_mask = self._is_mask(query) & (query.position_ids < self.cache.length)
         last_mask = query.position_ids.masked_fill(~is_mask, 0).amax(1, keepdim=True)
         last_visible = torch.where(is_mask, last_mask, query.position_ids)
-        keys = torch.arange(num_keys, device=last_visible.device)
+        keys = torch.arange(query.num_keys, device=last_visible.device)
         return keys <= last_visible[:, None, :, None]
 
     def _is_mask(self, query: Query) -> Tensor:
         """Which places of a query draft, bool ``[A, Q]``; a prefill has none, and the pending token may be any of a prompt."""
-        is_mask = query.valid & (query.token_ids == self.mask_token_id)
+        is_mask = query.token_ids == self.mask_token_id
         is_mask[:, 0] = False
         return is_mask & (query.uniform is not None)

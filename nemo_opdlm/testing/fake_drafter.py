@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal, propose
+from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.rng import Stream, uniform
 from nemo_opdlm.testing.fake_denoiser import Call, FakeDenoiser, queries
 from nemo_opdlm.vocab import LocalVocab
@@ -26,15 +27,17 @@ class FakeDrafter(FakeDenoiser):
 
     skill: float = 0.5
 
-    def propose(
-        self, rows: Tensor, token_ids: Tensor, position_ids: Tensor, valid: Tensor, uniform: Tensor
-    ) -> Proposal:
+    def propose(self, query: Query) -> Proposal:
         """Propose the token after each causal token, and the tokens at all masks but the first, ``[A, 2b - 1]``."""
         assert self.block_size == 1, "the cache is causal"
-        self.forwards.append(Call(rows, token_ids, position_ids, valid))
-        width = uniform.shape[1]
+        assert query.uniform is not None
+        self.forwards.append(Call.of(query))
+        width = query.uniform.shape[1]
         answers = []
-        for (slot, tokens, positions), numbers in zip(queries(self.forwards[-1]), uniform, strict=True):
+        for (slot, tokens, positions), numbers in zip(queries(self.forwards[-1]), query.uniform, strict=True):
+            if not tokens:  # of a row that is finished, of which the sampler has not heard
+                answers.append(torch.zeros(width, self.vocab_size))
+                continue
             start = positions[0]
             assert positions == list(range(start, start + len(positions))), f"slot {slot} asks for {positions}"
             is_mask = [column > 0 and token == self.mask_token_id for column, token in enumerate(tokens)]
@@ -45,7 +48,7 @@ class FakeDrafter(FakeDenoiser):
                 self.chains[slot], len(tokens) - num_causal - 1, logits[-1], numbers[num_causal - 1 :]
             )
             answers.append(F.pad(torch.stack(logits), (0, 0, 0, width - len(logits))))
-        return propose(torch.stack(answers), uniform, self.params, self.forbidden_mask, LocalVocab())
+        return propose(torch.stack(answers), query.uniform, self.params, self.forbidden_mask, LocalVocab())
 
     def drafts_rightly(self, token_ids: Sequence[int]) -> bool:
         """Whether its draft of the token after these is the one that causal decoding writes there."""

@@ -349,7 +349,7 @@ def test_progress_is_reported_before_each_forward_and_at_the_end() -> None:
     assert [report["num_row_forwards"] for report in reports] == row_forwards
     tokens = [report["num_tokens"] for report in reports]
     assert tokens[0] == 0 and tokens == sorted(tokens)
-    assert tokens[-1] == int((trajectory.row_end - trajectory.prompt_len).sum())
+    assert tokens[-1] == int(trajectory.response_len.sum())
     assert all(type(value) is int for report in reports for value in report.values())
 
 

@@ -39,9 +39,14 @@ def causal(params: SamplingParams, prompts: Prompts, settings: RolloutSettings) 
 
 
 def speculated(
-    network: FakeDrafter, prompts: Prompts, settings: RolloutSettings, num_slots: int | None = None
+    network: FakeDrafter,
+    prompts: Prompts,
+    settings: RolloutSettings,
+    num_slots: int | None = None,
+    late_reads: bool = False,
 ) -> Trajectory:
-    return run(network, speculate(*prompts, torch.arange(len(prompts[1])), settings, num_slots=num_slots))
+    samples = torch.arange(len(prompts[1]))
+    return run(network, speculate(*prompts, samples, settings, num_slots=num_slots, late_reads=late_reads))
 
 
 def assert_same_text(found: Trajectory, expected: Trajectory) -> None:
@@ -127,6 +132,16 @@ def test_rows_that_wait_for_a_slot_are_written_as_if_all_had_one(num_slots: int)
         found.unmask_step, expected.unmask_step
     )
     assert max(len(call.rows) for call in network.forwards) == min(num_slots, 24)
+
+
+@pytest.mark.parametrize("num_slots", [1, 5, 40])
+def test_a_host_that_hears_late_writes_the_same(num_slots: int) -> None:
+    network, settings, prompts = drafter(), rollout_settings(4), random_prompts(24, 4)
+    expected = speculated(drafter(), prompts, settings)
+    found = speculated(network, prompts, settings, num_slots, late_reads=True)
+    for name in ("token_ids", "unmask_step", "confidence", "response_len", "finish_reason", "num_forwards"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert {call.token_ids.shape[1] for call in network.forwards} == {8}
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_order() -> None:

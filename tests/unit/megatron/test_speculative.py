@@ -24,7 +24,9 @@ def network() -> StagedGPT:
     return tiny.random_network(tiny.architecture(), initialize()).eval()
 
 
-def respond(network: StagedGPT, mode: str, num_words: int, temperature: float, num_slots: int = ROWS) -> Trajectory:
+def respond(
+    network: StagedGPT, mode: str, num_words: int, temperature: float, num_slots: int = ROWS, runs_ahead: bool = False
+) -> Trajectory:
     """Prompts of 1 to 9 tokens, and as many responses of up to 19, from ``num_words`` tokens and an end token."""
     forbidden = torch.ones(tiny.VOCAB_SIZE, dtype=torch.bool)
     forbidden[4 : 4 + num_words] = False
@@ -38,7 +40,7 @@ def respond(network: StagedGPT, mode: str, num_words: int, temperature: float, n
         seed=1,
         step=1,
     )
-    engine = RolloutEngine(network, SamplingParams(temperature), forbidden, num_slots)
+    engine = RolloutEngine(network, SamplingParams(temperature), forbidden, num_slots, runs_ahead=runs_ahead)
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     prompt_ids[3::2, 1::2] = tiny.MASK_TOKEN_ID  # in a prompt a token like any other, also the last
     requests = (prompt_ids, torch.arange(1, ROWS + 1), torch.arange(11, 11 + ROWS), torch.arange(ROWS))
@@ -62,6 +64,15 @@ def test_the_text_is_that_of_causal_decoding_in_fewer_forwards(
     assert (found.num_forwards >= 1 + -(-(found.response_len - 1) // 4)).all()
 
 
+@pytest.mark.parametrize("num_slots", [ROWS, 2])
+def test_what_is_written_does_not_depend_on_when_the_host_is_told(num_slots: int, network: StagedGPT) -> None:
+    for mode in ("autoregressive", "speculative"):
+        expected = respond(network, mode, 3, 1.0)
+        found = respond(network, mode, 3, 1.0, num_slots, runs_ahead=True)
+        for name in ("token_ids", "prompt_len", "response_len", "finish_reason", "num_forwards"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_drafts_that_cannot_be_wrong_give_a_block_per_forward(network: StagedGPT) -> None:
     found = respond(network, "speculative", num_words=1, temperature=0.0)
     assert torch.equal(found.num_forwards, 1 + -(-(found.response_len - 1) // 4))
@@ -80,18 +91,20 @@ def test_masks_see_the_text_the_drafts_and_each_other_and_the_text_sees_no_mask(
         torch.arange(2),
         *(torch.zeros(2, 2 * size).long() for _ in range(2)),
         torch.zeros(2, 2 * size).bool(),
+        24,
         torch.rand(2, 7),
     )
     with network.attention.use_cache(cache, AttentionRule.CAUSAL):
         for row, text in enumerate(texts):
             # What a draft that was not accepted has left behind must not be seen.
             stale = torch.cat([text, torch.full((24 - len(text),), 33)])[None]
-            denoiser.prefill(torch.tensor([row]), stale, torch.arange(24)[None], torch.ones(1, 24).bool())
+            valid = torch.ones(1, 24).bool()
+            denoiser.prefill(Query(torch.tensor([row]), stale, torch.arange(24)[None], valid, 24, None))
             start = len(text) - 1 - num_drafts[row]
             tokens = torch.cat([text[start:], torch.full((num_masks[row],), mask)])
             query.token_ids[row, : len(tokens)] = tokens
-            query.position_ids[row] = start + torch.arange(2 * size)
             query.valid[row, : len(tokens)] = True
+            query.position_ids[row] = torch.where(query.valid[row], start + torch.arange(2 * size), -1)
         forward = denoiser.prepare(query)
         found = denoiser.logits(denoiser.forward(forward)[forward.asked])
     expected = []
@@ -105,4 +118,4 @@ def test_masks_see_the_text_the_drafts_and_each_other_and_the_text_sees_no_mask(
         read = [place for place in range(len(text) - 1 - num_drafts[row], positions.numel()) if place != len(text)]
         expected.append(LMHead(network).logits(hidden[read]))
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=1e-4)
-    assert forward.is_masked.sum(1).tolist() == [4, 5]
+    assert forward.is_asked.sum(1).tolist() == [4, 5]
