@@ -7,8 +7,10 @@ from nemo_opdlm.config.method import (
     MaxNewTokensScheduleConfig,
     OPDLMConfig,
     RolloutConfig,
+    TeacherConfig,
     ThresholdScheduleConfig,
 )
+from nemo_opdlm.config.precision import FP8_RECIPES
 from nemo_opdlm.config.reader import full_keys, parse, to_container, to_dictconfig, unknown_key
 from nemo_opdlm.config.schema import (
     Config,
@@ -28,6 +30,7 @@ __all__ = [
     "CheckpointCallbackConfig",
     "Config",
     "DataConfig",
+    "FP8_RECIPES",
     "ExpManagerConfig",
     "MaxNewTokensScheduleConfig",
     "ModelConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "PromptFileConfig",
     "RolloutConfig",
     "SchedConfig",
+    "TeacherConfig",
     "ThresholdScheduleConfig",
     "TokenizerConfig",
     "TrainerConfig",

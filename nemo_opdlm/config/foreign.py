@@ -46,10 +46,10 @@ _WITHOUT_EFFECT = {
     "model": """
         name encoder_seq_length make_vocab_size_divisible_by override_vocab_size use_cpu_initialization
         use_scaled_init_method use_tp_pp_dp_mapping overlap_p2p_comm batch_p2p_comm
-        nccl_communicator_config_path sharp gc_interval megatron_amp_O2 native_amp_init_scale
+        nccl_communicator_config_path sharp gc_interval native_amp_init_scale
         native_amp_growth_interval hysteresis reduce_amax skip_fp8_attention_checkpoint_load
-        fp16_lm_cross_entropy attention_backend use_flash_attention use_te_rng_tracker ub_tp_comm_overlap
-        ub_tp_comm_overlap_cfg grad_div_ar_fusion gradient_accumulation_fusion bias_activation_fusion
+        fp16_lm_cross_entropy attention_backend use_flash_attention use_te_rng_tracker
+        ub_tp_comm_overlap_cfg grad_div_ar_fusion bias_activation_fusion
         bias_dropout_add_fusion masked_softmax_fusion get_attention_mask_from_fusion apply_rope_fusion
         persist_layer_norm num_micro_batches_with_partial_activation_checkpoints
         activations_checkpoint_layers_per_pipeline cpu_offloading_num_layers cpu_offloading_activations
@@ -61,7 +61,7 @@ _WITHOUT_EFFECT = {
         precision megatron_legacy data_prefix
     """,
     "model.optim": """
-        bucket_cap_mb overlap_grad_sync overlap_param_sync contiguous_grad_buffer contiguous_param_buffer
+        bucket_cap_mb contiguous_grad_buffer contiguous_param_buffer
         grad_sync_dtype capturable master_weights
     """,
     "model.data": "data_impl data_prefix seq_length num_workers dataloader_type validation_drop_last splits_string "

@@ -13,8 +13,6 @@ _logger = logging.getLogger(__name__)
 
 _TP, _PP, _CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 _VPP = "virtual_pipeline_model_parallel_size"
-#: Keys of the layout that Megatron's TransformerConfig also has.
-LAYOUT_KEYS = (_TP, _PP, _VPP, _CP, "sequence_parallel")
 #: Sizes of the network that tensor parallelism splits. The vocabulary is padded to fit, see `Architecture`.
 _SPLIT_BY_TP = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
 #: To Lightning, too, Slurm jobs of these names are shells in which nothing is launched.

@@ -96,6 +96,20 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """How the frozen teacher is held.
+
+    Attributes:
+        precision: of its weights, and of everything it computes but the final logits; null = what the student computes in.
+            It never runs in FP8.
+        offload: its weights wait in host memory between its passes. The head stays, as every update projects with it.
+    """
+
+    precision: Literal["32", "bf16"] | None = None
+    offload: bool = False
+
+
+@dataclass(frozen=True)
 class OPDLMConfig:
     """On-policy distillation of a block-diffusion language model.
 
@@ -116,6 +130,7 @@ class OPDLMConfig:
         attention: kernel of the two-stream attention; only dense SDPA is available, `auto` and `sdpa` mean it.
         max_consecutive_skips: skipped updates in a row (non-finite gradients, or nothing supervised) before the run stops.
         rollout: how the student generates.
+        teacher: how the teacher is held.
     """
 
     block_size: int = 4
@@ -134,6 +149,7 @@ class OPDLMConfig:
     attention: AttentionKernel = "auto"
     max_consecutive_skips: int = 10
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     @property
     def denoising_steps(self) -> int:

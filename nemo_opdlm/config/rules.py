@@ -36,6 +36,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.activations_checkpoint_num_layers": (lambda v: v >= 1, "at least 1"),
     "model.fp8_margin": (lambda v: v >= 0, "at least 0"),
     "model.fp8_amax_history_len": (lambda v: v >= 1, "at least 1"),
+    "model.fp8_interval": (lambda v: v >= 1, "at least 1"),
+    "model.num_layers_at_start_in_bf16": (lambda v: v >= 0, "at least 0"),
+    "model.num_layers_at_end_in_bf16": (lambda v: v >= 0, "at least 0"),
     "model.optim.lr": (lambda v: v > 0, "above 0"),
     "model.optim.weight_decay": (lambda v: v >= 0, "at least 0"),
     "model.optim.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
@@ -96,5 +99,18 @@ NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.attention", "flex", "use 'auto'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
     ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
-    ("model.transformer_engine", True, "use False: Megatron's own layers"),
+    (
+        "model.ub_tp_comm_overlap",
+        True,
+        "use False: Transformer Engine's user buffers hold one fixed number of tokens, and rollouts differ in length",
+    ),
 )
+
+#: Fields of Megatron's TransformerConfig -> the key of the model section that they follow from, where it has another name.
+OWN_KEYS = {
+    "fp8_param": "fp8_params",
+    "tp_comm_overlap": "ub_tp_comm_overlap",
+    "recompute_granularity": "activations_checkpoint_granularity",
+    "recompute_method": "activations_checkpoint_method",
+    "recompute_num_layers": "activations_checkpoint_num_layers",
+}

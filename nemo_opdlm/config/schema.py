@@ -92,13 +92,21 @@ class SchedConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Megatron's Adam, under NeMo's names; the `distributed` ones shard the optimizer state on GPUs."""
+    """Megatron's Adam, under NeMo's names.
+
+    Attributes:
+        name: the `distributed` ones, and `mcore_distributed_optim`, shard the optimizer state on GPUs.
+        overlap_grad_sync: data-parallel ranks sum gradients while the backward pass goes on.
+        overlap_param_sync: they gather what a sharded optimizer has updated while the next forward pass goes on.
+    """
 
     name: OptimizerName = "adamw"
     lr: float = 1e-5
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    overlap_grad_sync: bool = False
+    overlap_param_sync: bool = False
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     @property
@@ -186,7 +194,17 @@ class ModelConfig:
         sequence_parallel: tensor-parallel ranks also share the activations between layers.
         distributed_timeout_minutes: how long a rank waits for the others in one collective operation.
         num_layers ... init_method_std: see `Architecture`; null = as stored with the weights.
-        fp8 ... num_layers_at_end_in_bf16: Transformer Engine's FP8, under NeMo's names.
+        megatron_amp_O2: under `bf16-mixed`, too, bf16 parameters with fp32 master weights.
+        transformer_engine: Transformer Engine's layers instead of Megatron's own; needs it and a GPU.
+        fp8: the layers' matrix products in FP8; needs `transformer_engine` and one of `fp8_e4m3` and `fp8_hybrid`. Head,
+            embedding, norms and attention keep the model's precision; so does the teacher.
+        fp8_recipe: how FP8 is scaled: by the largest values of past steps (`delayed`) or of the present one
+            (`tensorwise`), by blocks of 128 (`blockwise`) or of 32 values (`mxfp8`).
+        fp8_margin ... fp8_amax_compute_algo: of `delayed`.
+        fp8_params: weights are kept in FP8 beside the optimizer's masters; needs a sharded optimizer.
+        fp8_wgrad ... num_layers_at_end_in_bf16: further fields of Megatron's FP8, under its names.
+        gradient_accumulation_fusion: weight gradients are added up by Apex's kernel, where it is installed.
+        ub_tp_comm_overlap: must stay false.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.
         mcore_customization_config: further fields of Megatron's TransformerConfig.
         dist_ckpt_async_save: write checkpoints while training goes on: it stops only to copy weights and optimizer to
@@ -225,6 +243,7 @@ class ModelConfig:
     vocab_size: int | None = None
     init_method_std: float | None = None
 
+    megatron_amp_O2: bool = False
     transformer_engine: bool = False
     fp8: bool = False
     fp8_e4m3: bool = False
@@ -241,6 +260,8 @@ class ModelConfig:
     num_layers_at_start_in_bf16: int = 1
     num_layers_at_end_in_bf16: int = 1
 
+    gradient_accumulation_fusion: bool = False
+    ub_tp_comm_overlap: bool = False
     activations_checkpoint_granularity: Literal["selective", "full"] | None = None
     activations_checkpoint_method: Literal["uniform", "block"] | None = None
     activations_checkpoint_num_layers: int | None = None

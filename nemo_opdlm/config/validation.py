@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opdlm.config.architecture import Architecture
-from nemo_opdlm.config.layout import LAYOUT_KEYS, check_layout, settle_ranks, validate_layout
+from nemo_opdlm.config.layout import check_layout, settle_ranks, validate_layout
+from nemo_opdlm.config.precision import check_fp8_sizes, check_precision
 from nemo_opdlm.config.reader import to_container
-from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, RANGES
+from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, OWN_KEYS, RANGES
 from nemo_opdlm.config.schema import Config
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
     config = settle_ranks(config, environment)
-    for check in (_method, _rollout, check_layout, _transformer, _optim, _fp8, _recomputation, _exp_manager, _data):
+    for check in (_method, _rollout, check_layout, _transformer, check_precision, _recomputation, _optim, _exp_manager, _data):
         check(config)
     if check_files:
         _files(config)
@@ -66,6 +67,7 @@ def validate_architecture(config: Config, arch: Architecture) -> None:
         if wanted is not None and wanted != value:
             raise ValueError(f"model.{name}={wanted!r} contradicts {value!r} of {model.restore_from_path}")
     validate_layout(config, arch, model.restore_from_path)
+    check_fp8_sizes(config, arch)
     for key, token_id in (
         ("model.opdlm.mask_token_id", opdlm.mask_token_id),
         ("model.opdlm.rollout.end_token_ids", max(opdlm.rollout.end_token_ids or (), default=None)),
@@ -150,8 +152,9 @@ def _transformer(config: Config) -> None:
     extra, key = config.model.mcore_customization_config, "model.mcore_customization_config"
     known = _transformer_config_fields() if extra else set()
     for name in extra:
-        if name in LAYOUT_KEYS:
-            raise ValueError(f"{key}.{name}={extra[name]!r} has a key of its own: model.{name}")
+        own = OWN_KEYS.get(name, name)
+        if hasattr(config.model, own):
+            raise ValueError(f"{key}.{name}={extra[name]!r} has a key of its own: model.{own}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -181,6 +184,11 @@ def _optim(config: Config) -> None:
     optim, sched = config.model.optim, config.model.optim.sched
     if config.trainer.max_steps is None:
         raise ValueError("trainer.max_steps=None must be given: the number of optimizer steps of the run")
+    if optim.overlap_param_sync and not (optim.distributed and optim.overlap_grad_sync):
+        raise ValueError(
+            f"model.optim.overlap_param_sync=True needs model.optim.overlap_grad_sync={optim.overlap_grad_sync} to be True "
+            f"and model.optim.name={optim.name!r} to be 'distributed_fused_adam'"
+        )
     if sched.min_lr > optim.lr:
         raise ValueError(f"model.optim.sched.min_lr={sched.min_lr} must be at most model.optim.lr={optim.lr}")
     horizon = config.trainer.max_steps if sched.max_steps is None else sched.max_steps
@@ -190,24 +198,6 @@ def _optim(config: Config) -> None:
             f"model.optim.sched.warmup_steps={sched.warmup_steps} must be below {name}={horizon}: "
             "otherwise the learning rate never reaches model.optim.lr"
         )
-
-
-def _fp8(config: Config) -> None:
-    model = config.model
-    if not model.fp8:
-        return
-    if model.fp8_e4m3 == model.fp8_hybrid:
-        raise ValueError(
-            f"model.fp8=True needs one of model.fp8_e4m3={model.fp8_e4m3} and model.fp8_hybrid={model.fp8_hybrid}"
-        )
-    if model.fp8_recipe == "mxfp8" and not model.fp8_e4m3:
-        raise ValueError("model.fp8_recipe='mxfp8' needs model.fp8_e4m3=True")
-    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
-        raise ValueError("model.first_last_layers_bf16=True contradicts model.fp8_recipe='delayed'; use 'tensorwise'")
-    if importlib.util.find_spec("transformer_engine") is None or _runs_on_cpu(config):
-        raise ValueError("model.fp8=True needs transformer-engine and a Hopper-or-newer GPU; found none")
-    if not model.transformer_engine:
-        raise ValueError("model.fp8=True needs model.transformer_engine=True: Megatron's own layers ignore FP8")
 
 
 def _recomputation(config: Config) -> None:
@@ -314,12 +304,3 @@ def _corrected(config: Config) -> Config:
         _logger.info("exp_manager saves a checkpoint every %d steps: there is no validation to follow.", steps)
         params = replace(params, every_n_train_steps=steps)
     return replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
-
-
-def _runs_on_cpu(config: Config) -> bool:
-    """Asked last, and only where it matters: importing torch takes longer than everything else here."""
-    if config.trainer.accelerator != "auto":
-        return config.trainer.accelerator == "cpu"
-    import torch
-
-    return not torch.cuda.is_available()

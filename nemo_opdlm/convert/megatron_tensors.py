@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.convert.families import OUTPUT_LAYER, RECOMPUTED_SUFFIXES, WORD_EMBEDDINGS, Shape
+from nemo_opdlm.megatron.layer_names import own_name
 from nemo_opdlm.megatron.stored_tensors import StoredTensors
 
 # What trainers wrap the network in: NeMo 1.x without and with megatron_amp_O2, NeMo 2.0, Megatron-Bridge.
 _PREFIXES = ("model.", "model.module.", "module.", "")
 _NO_WEIGHTS = ("optimizer.", "chained_")
-# Transformer Engine fuses norms into the layer behind them; Megatron's own layers are stored under the same names.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 # A distributed checkpoint stacks the layers of a tensor, without a number in the name, unless asked not to.
 _STACKED, _LAYERS = re.compile(r"decoder\.layers\.(?!\d)"), "decoder.layers."
 # The axis that tensor parallelism cuts. Every other tensor is the same on all ranks.
@@ -71,14 +67,7 @@ def own_names(keys: Iterable[str], prefix: str) -> dict[str, str]:
     """Key without its prefix, fused norms under their own names -> key, for the keys that are weights."""
     left_out = ("_extra_state", *RECOMPUTED_SUFFIXES)
     found = [key for key in keys if key.startswith(prefix) and not key.startswith(_NO_WEIGHTS)]
-    return {_own_name(key.removeprefix(prefix)): key for key in found if not key.endswith(left_out)}
-
-
-def _own_name(name: str) -> str:
-    for fused, own in _FUSED_NORMS.items():
-        if name.endswith(fused):
-            return name.removesuffix(fused) + own
-    return name
+    return {own_name(key.removeprefix(prefix)): key for key in found if not key.endswith(left_out)}
 
 
 @dataclass(frozen=True)

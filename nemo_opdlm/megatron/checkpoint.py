@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from nemo_opdlm.megatron.atomic_folder import on_every_rank, replacing
+from nemo_opdlm.megatron.layer_names import own_name
 from nemo_opdlm.megatron.safe_metadata import check, is_extra_state, load_common
 from nemo_opdlm.megatron.sharded_write import ShardedWrite, one_line_cause
 
@@ -137,7 +138,7 @@ def load_whole(
         if isinstance(value, LocalNonpersistentObject):
             return value.unwrap()
         parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-        name = _whole_name(tensors, name.removeprefix(prefix), parts[0], prefix, source)
+        name = _whole_name(tensors, own_name(name.removeprefix(prefix)), parts[0], prefix, source)
         whole = tensors[name]
         filled = [_fill(part, whole, vocab_size, f"{source}: {name}") for part in parts]
         return value.merge_fn(filled) if isinstance(value, ShardedTensorFactory) else filled[0]

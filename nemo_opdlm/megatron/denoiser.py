@@ -20,7 +20,7 @@ class Forward:
     """One batched forward pass of the network: the packed tokens of a query, T of them.
 
     Attributes:
-        token_ids: ``[1, T]``, filled up to equal parts under sequence parallelism.
+        token_ids: ``[1, T]``, filled up to the model's ``token_multiple``.
         attributes: of each packed token, ``[1, T]``.
         cached: where keys and values go, and who may attend to whom.
         asked: ``[M]`` packed tokens whose logits answer the query, in row-major order of ``is_asked``.
@@ -152,9 +152,8 @@ class MegatronDenoiser:
         may_attend = self._may_attend(query).repeat(1, 1, heads, 1)
         is_full = row.numel() == query.valid.numel()
         cached = CachedQuery(query.slots, row, column, packed_positions, may_attend, heads, is_full)
-        # Sequence parallelism cuts the packed tokens into equal parts; what fills them up reaches no cache.
-        multiple = self.model.parallel.tp_size if self.model.config.sequence_parallel else 1
-        filler = (0, -row.numel() % multiple)
+        # What fills up the packed tokens reaches no cache.
+        filler = (0, -row.numel() % self.model.token_multiple)
         return Forward(
             F.pad(query.token_ids[row, column], filler)[None],
             self._attributes(F.pad(row, filler)[None], F.pad(packed_positions, filler)[None]),

@@ -54,7 +54,7 @@ class RowSplit:
     @staticmethod
     def whole(model: StagedGPT) -> "RowSplit":
         """Whole rows, which sequence parallelism cuts into equal parts by itself."""
-        return RowSplit(multiple_of=model.parallel.tp_size if model.config.sequence_parallel else 1)
+        return RowSplit(multiple_of=model.token_multiple)
 
     @staticmethod
     def over_context(model: StagedGPT) -> "RowSplit":
@@ -115,7 +115,9 @@ def forward_backward(
     def finish(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if not batch.is_filler:
             return loss(hidden, batch)
-        return hidden.float().sum() * 0.0, torch.zeros((), dtype=torch.int, device=hidden.device), {}
+        # No row, but every weight has its gradient, which overlapped reduction waits for.
+        nothing = network.head.logits(hidden[0, :0]).sum()
+        return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), {}
 
     with network.model.attention.split_rows():
         metrics = _schedule(network.model, network.ddp, batches, finish, forward_only=False)

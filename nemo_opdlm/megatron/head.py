@@ -141,8 +141,9 @@ def token_losses(
         else:
             parts.append(chunk_losses(rows, start))
     if not parts:
-        # Keeps the graph connected where a micro-batch has no supervised token, so that its backward pass still runs.
-        empty = hidden.float().sum(-1)
+        # Keeps the graph connected where a micro-batch has no supervised token, so that its backward pass still runs, and
+        # gives the head the gradient without which overlapped reduction waits for ever.
+        empty = head.logits(hidden).sum(-1)
         return TokenLosses(empty, torch.zeros_like(empty, dtype=torch.bool), empty.detach())
     divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenLosses(divergence, agrees, logprob_gap)

@@ -33,3 +33,9 @@ class Network:
         """Clear the gradient buffers of all chunks."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
+
+    def finish_param_sync(self) -> None:
+        """Have the newest weights on every rank before one of them reads them outside an update; every rank calls this."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)

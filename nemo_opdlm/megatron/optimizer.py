@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ class OptimizerSettings:
     decay_style: str
     warmup_steps: int
     decay_steps: int
+    overlap_grad_sync: bool = False
+    overlap_param_sync: bool = False
+    fp8_recipe: str | None = None
+    fp8_params: bool = False
 
 
 def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
@@ -58,8 +63,10 @@ def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
         logger.log(level, "%s: no GPU, every rank keeps the whole optimizer state", name)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=settings.overlap_grad_sync,
+        overlap_param_gather=settings.overlap_param_sync and distributed,
         use_distributed_optimizer=distributed,
+        fp8_param_gather=settings.fp8_params,
         check_for_nan_in_grad=False,
     )
     groups = model.parallel.groups
@@ -71,7 +78,17 @@ def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
     model.config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in ddp]
     model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return Network(model, ddp, LMHead(model))
+    network = Network(model, ddp, LMHead(model))
+    if config.overlap_param_gather:
+        for chunk, wrapper in zip(model, ddp, strict=True):
+            chunk.register_forward_hook(partial(_finish_param_sync, wrapper))
+    return network
+
+
+def _finish_param_sync(ddp: DistributedDataParallel, *_: object) -> None:
+    """Wait for the head's weights: Megatron waits for those of a module before its forward, and the head has none."""
+    for group in ddp.bucket_groups:
+        group.finish_param_sync()
 
 
 class StudentOptimizer:
@@ -83,7 +100,7 @@ class StudentOptimizer:
     """
 
     def __init__(self, network: Network, settings: OptimizerSettings) -> None:
-        params_dtype = network.model.options.params_dtype
+        params_dtype, ddp_config = network.model.options.params_dtype, network.ddp[0].ddp_config
         self.network = network
         self.settings = settings
         config = OptimizerConfig(
@@ -98,7 +115,9 @@ class StudentOptimizer:
             clip_grad=settings.clip_grad,
             bf16=params_dtype == torch.bfloat16,
             params_dtype=params_dtype,
-            use_distributed_optimizer=network.ddp[0].ddp_config.use_distributed_optimizer,
+            use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
+            fp8_recipe=settings.fp8_recipe,
         )
         self.megatron: MegatronOptimizer = get_megatron_optimizer(config, list(network.ddp))
         network.model.config.grad_scale_func = self.megatron.scale_loss

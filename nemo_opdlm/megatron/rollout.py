@@ -131,9 +131,13 @@ class RolloutEngine:
         ]
         was_training = self.model.training
         self.model.eval()
+        for chunk in self.model:
+            # Transformer Engine keeps FP8 copies of the weights until it is told of an update; only schedules tell it.
+            chunk.set_is_first_microbatch()
         try:
             # One region around all forwards: weights are cast once per rollout, not once per forward.
-            with autocast(self.model.options.autocast_dtype, requests[0].device), self.model.attention.use_rule(rule):
+            region = autocast(self.model.options.autocast_dtype, requests[0].device)
+            with self.model.on_device(), region, self.model.attention.use_rule(rule):
                 trajectory = Trajectory.cat(fly(self.model, flights))
         finally:
             self.model.train(was_training)

@@ -31,6 +31,8 @@ from torch import Tensor
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
+from nemo_opdlm.megatron.offload import HostWeights
+from nemo_opdlm.megatron.optional import has_fused_weight_gradients, transformer_engine_spec
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.rotary import inverse_frequencies
 
@@ -44,6 +46,9 @@ class ModelOptions:
         autocast_dtype: dtype of an autocast region around the forward and backward pass, or None.
         sequence_parallel: Megatron's sequence parallelism (needs TP > 1).
         initialize: fill parameters with random values; switch off where a checkpoint follows.
+        transformer_engine: build the layers from Transformer Engine's parts instead of Megatron's own.
+        token_multiple: what every rank's tokens of a forward pass have to be a multiple of, for FP8.
+        gradient_accumulation_fusion: use Apex's kernel for weight gradients, where it is installed.
         transformer_config: further fields of Megatron's ``TransformerConfig`` (recomputation, fusions ...).
     """
 
@@ -51,6 +56,9 @@ class ModelOptions:
     autocast_dtype: torch.dtype | None = None
     sequence_parallel: bool = False
     initialize: bool = True
+    transformer_engine: bool = False
+    token_multiple: int = 1
+    gradient_accumulation_fusion: bool = False
     transformer_config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -139,21 +147,26 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
         # Megatron refuses its default beside variable lengths, in dense models too.
         moe_token_dispatcher_type="alltoall",
         bf16=options.params_dtype == torch.bfloat16,
-        use_cpu_initialization=True,
+        # Transformer Engine makes its parameters on the GPU, those in FP8 only there.
+        use_cpu_initialization=not options.transformer_engine,
         perform_initialization=options.initialize,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=options.gradient_accumulation_fusion and has_fused_weight_gradients(),
         # Every loss is a sum over supervised tokens; Megatron divides once by the global count.
         calculate_per_token_loss=True,
     )
     return TransformerConfig(**{**fields, **options.transformer_config})
 
 
-def _layer_spec(arch: Architecture, context: AttentionContext) -> ModuleSpec:
-    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = LinearInputNorm
+def _layer_spec(arch: Architecture, context: AttentionContext, options: ModelOptions) -> ModuleSpec:
+    if options.transformer_engine:
+        # Norms in front of a linear layer are part of it there.
+        spec = copy.deepcopy(transformer_engine_spec(qk_layernorm=arch.qk_layernorm))
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LinearInputNorm
+    attention = spec.submodules.self_attention.submodules
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     attention.core_attention = partial(BlockDiffusionAttention, context)
@@ -180,15 +193,30 @@ class StagedGPT(torch.nn.ModuleList):
     ) -> None:
         super().__init__(chunks)
         self.arch, self.attention, self.options, self.parallel = arch, attention, options, parallel
+        self._host_weights: HostWeights | None = None
 
     @property
     def config(self) -> TransformerConfig:
         """Megatron's config, one for all chunks."""
         return self[0].config  # type: ignore[no-any-return]
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a forward pass have to be a multiple of: sequence parallelism cuts them into equal parts."""
+        return self.options.token_multiple * (self.parallel.tp_size if self.config.sequence_parallel else 1)
+
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head ``[V_local, hidden]``; on the last pipeline stage only."""
         return self[-1].head_weight()  # type: ignore[no-any-return]
+
+    def offload(self) -> None:
+        """Keep the weights of a frozen network in host memory from now on, but for the head and within ``on_device``."""
+        head = self.head_weight() if self.parallel.is_last_stage else None
+        self._host_weights = HostWeights(weight for weight in self.parameters() if weight is not head)
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Where its layers run."""
+        return contextlib.nullcontext() if self._host_weights is None else self._host_weights.on_device()
 
     def sharded_weights(self, prefix: str) -> dict[str, Any]:
         """Megatron's sharded view of the weights, chunk by chunk; tensor names in a checkpoint start with ``prefix``."""
@@ -222,17 +250,22 @@ def build_model(
     context = AttentionContext(
         rule, inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling), parallel.groups.cp
     )
-    chunks = [_build_chunk(arch, parallel, context, config, stage) for stage in range(parallel.virtual_size)]
+    chunks = [_build_chunk(arch, parallel, context, config, options, stage) for stage in range(parallel.virtual_size)]
     return StagedGPT(chunks, arch, context, options, parallel).to(parallel.device)
 
 
 def _build_chunk(
-    arch: Architecture, parallel: ParallelContext, context: AttentionContext, config: TransformerConfig, stage: int
+    arch: Architecture,
+    parallel: ParallelContext,
+    context: AttentionContext,
+    config: TransformerConfig,
+    options: ModelOptions,
+    stage: int,
 ) -> HiddenStatesGPT:
     """Chunk number ``stage`` of this rank; the first and the last one of the pipeline hold embedding and head."""
     vp_stage = stage if parallel.virtual_size > 1 else None
     layers = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(arch, context)] * get_num_layers_to_build(config, vp_stage, parallel.pp_rank),
+        layer_specs=[_layer_spec(arch, context, options)] * get_num_layers_to_build(config, vp_stage, parallel.pp_rank),
         layer_norm=SequenceParallelRMSNorm,
     )
     chunk = HiddenStatesGPT(

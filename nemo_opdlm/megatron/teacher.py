@@ -43,8 +43,8 @@ class HiddenTargets:
     hidden: Tensor
 
     def at(self, tokens: Tensor) -> FullTarget:
-        """Teacher logits of these tokens."""
-        with torch.no_grad():
+        """Teacher logits of these tokens, in the teacher's precision whatever the student's autocast."""
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             return FullTarget(self.head.logits(self.hidden[tokens]))
 
 
@@ -73,7 +73,7 @@ class Teacher:
     Args:
         arch: its architecture; only the vocabulary has to agree with the student's.
         parallel: the student's groups.
-        options: dtype.
+        options: dtype, layers.
         micro_batch_size: rows of one causal pass.
     """
 
@@ -129,6 +129,7 @@ class Teacher:
             part = trajectory.index(rows)
             index = TargetIndex(part.prompt_len, part.response_len)
             batches.append(MicroBatch(*clean_rows(part, multiple_of), payload=index))
-        parts = forward_only(self.network, batches, lambda hidden, batch: batch.payload.gather(hidden))
+        with self.network.on_device():
+            parts = forward_only(self.network, batches, lambda hidden, batch: batch.payload.gather(hidden))
         nothing = torch.empty(0, self.network.config.hidden_size, device=self.network.parallel.device)
         return torch.cat(parts) if parts else nothing.to(self.network.config.pipeline_dtype)

@@ -126,6 +126,7 @@ class OnPolicyDistiller:
     def roll_out(self, rollout_step: int, metrics: Metrics) -> Trajectory:
         """Responses to the prompts of this rollout step, by the student (or the teacher, off policy)."""
         samples = self.schedule.indices(rollout_step)
+        self.student.finish_param_sync()
         with _timed("rollout", metrics):
             trajectory = self._respond(rollout_step, samples)
         metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))

@@ -196,6 +196,7 @@ class OPDLMModel(ModelPT):
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """``val_loss``: the held-out divergence."""
+        self._optimizer.network.finish_param_sync()
         value = self.heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
         self.log("val_loss", value, batch_size=1)
 
@@ -219,6 +220,10 @@ class OPDLMModel(ModelPT):
             heldout_settings(method),
         )
 
+    def on_train_end(self) -> None:
+        """Leave every rank with the newest weights."""
+        self._optimizer.network.finish_param_sync()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a sharded tensor: the unfinished rollout batch and the schedule."""
         checkpoint["opdlm"] = self.distiller.state_dict()
@@ -236,6 +241,8 @@ class OPDLMModel(ModelPT):
 
     def sharded_state_dict(self, include_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
         """Megatron's sharded view of the weights (keys ``model.*``) and, for training, of the optimizer."""
+        if self._optimizer is not None:
+            self._optimizer.network.finish_param_sync()
         weights = self.model.sharded_weights(PREFIX)
         state = {"model": weights}
         if include_optimizer:

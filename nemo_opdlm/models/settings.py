@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_opdlm.config import Architecture, ModelConfig, parse
+from nemo_opdlm.config import FP8_RECIPES, Architecture, ModelConfig, parse
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.sampler import RolloutSettings
 from nemo_opdlm.megatron.optimizer import DECAY_STYLES, OptimizerSettings
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.models.method import Method
+from nemo_opdlm.models.precision import PRECISIONS
 
 #: The teacher answers held-out prompts at temperature 1, unfiltered.
 HELDOUT_SAMPLING = SamplingParams(temperature=1.0)
@@ -47,22 +48,65 @@ def architecture(config: ModelConfig) -> Architecture:
 
 
 def model_options(config: ModelConfig, precision: str) -> ModelOptions:
-    """How student and teacher are held.
+    """How the student is held.
 
     ``bf16`` = bf16 parameters with fp32 master weights, ``bf16-mixed`` = fp32 parameters under autocast.
     """
-    recompute = {
-        "recompute_granularity": config.activations_checkpoint_granularity,
-        "recompute_method": config.activations_checkpoint_method,
-        "recompute_num_layers": config.activations_checkpoint_num_layers,
-    }
+    if precision == "bf16-mixed" and config.megatron_amp_O2:
+        precision = "bf16"
     return ModelOptions(
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         autocast_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
         sequence_parallel=config.sequence_parallel,
         initialize=False,
-        transformer_config={**recompute, **config.mcore_customization_config},
+        transformer_engine=config.transformer_engine,
+        token_multiple=FP8_RECIPES[config.fp8_recipe].multiple if config.fp8 else 1,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        transformer_config={**_recomputation(config), **_fp8(config), **config.mcore_customization_config},
     )
+
+
+def teacher_options(config: ModelConfig, student: ModelOptions) -> ModelOptions:
+    """How the teacher is held: as the student but for ``model.opdlm.teacher.precision``, and never in FP8."""
+    fields_but_fp8 = {name: value for name, value in student.transformer_config.items() if name not in _FP8_FIELDS}
+    options = replace(student, token_multiple=1, transformer_config=fields_but_fp8)
+    precision = config.opdlm.teacher.precision
+    if precision is None:
+        return options
+    return replace(options, params_dtype=PRECISIONS[precision], autocast_dtype=None)
+
+
+def _recomputation(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "recompute_granularity": config.activations_checkpoint_granularity,
+        "recompute_method": config.activations_checkpoint_method,
+        "recompute_num_layers": config.activations_checkpoint_num_layers,
+    }
+
+
+#: Megatron's field -> our key.
+_FP8_FIELDS = {
+    "fp8": "fp8",
+    "fp8_recipe": "fp8_recipe",
+    "fp8_margin": "fp8_margin",
+    "fp8_interval": "fp8_interval",
+    "fp8_amax_history_len": "fp8_amax_history_len",
+    "fp8_amax_compute_algo": "fp8_amax_compute_algo",
+    "fp8_param": "fp8_params",
+    "fp8_wgrad": "fp8_wgrad",
+    "tp_only_amax_red": "tp_only_amax_red",
+    "first_last_layers_bf16": "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16": "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16": "num_layers_at_end_in_bf16",
+}
+
+
+def _fp8(config: ModelConfig) -> dict[str, Any]:
+    if not config.fp8:
+        return {}
+    # All of them: Megatron's own defaults differ from NeMo's.
+    values = {field: getattr(config, key) for field, key in _FP8_FIELDS.items()}
+    return {**values, "fp8": "e4m3" if config.fp8_e4m3 else "hybrid"}
 
 
 def optimizer_settings(config: ModelConfig, max_steps: int, clip_grad: float | None) -> OptimizerSettings:
@@ -78,6 +122,10 @@ def optimizer_settings(config: ModelConfig, max_steps: int, clip_grad: float | N
         clip_grad=clip_grad or 0.0,
         decoupled_weight_decay=optim.decoupled_weight_decay,
         distributed=optim.distributed,
+        overlap_grad_sync=optim.overlap_grad_sync,
+        overlap_param_sync=optim.overlap_param_sync,
+        fp8_recipe=config.fp8_recipe if config.fp8 else None,
+        fp8_params=config.fp8_params,
         decay_style=DECAY_STYLES[sched.name],
         warmup_steps=sched.warmup_steps,
         decay_steps=decay_steps,

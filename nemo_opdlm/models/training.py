@@ -39,6 +39,7 @@ from nemo_opdlm.models.conversion import archive_architecture, read_weights
 from nemo_opdlm.models.foreign import Kind, recognise
 from nemo_opdlm.models.method import SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
+from nemo_opdlm.models.settings import teacher_options
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,11 @@ def _model_config(inputs: Inputs) -> DictConfig:
 def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
     arch = archive_architecture(archive, archive.config)
-    teacher = Teacher(arch, model.parallel, model.options, max(config.model.micro_batch_size, 8))
+    options = teacher_options(config.model, model.options)
+    teacher = Teacher(arch, model.parallel, options, max(config.model.micro_batch_size, 8))
     read_weights(teacher.network, archive)
+    if config.model.opdlm.teacher.offload:
+        teacher.network.offload()
     return teacher
 
 

@@ -21,7 +21,7 @@ from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.distillation.targets import TargetIndex
-from nemo_opdlm.megatron.forward import forward_backward
+from nemo_opdlm.megatron.forward import RowSplit, forward_backward
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import ParallelContext
@@ -190,7 +190,9 @@ def ours(
     optimizer = StudentOptimizer(network, ADAM)
     targets = problem.teacher.targets(trajectory, spec)
     rows = torch.arange(len(trajectory))
-    parts = micro_batches(trajectory, states, targets, rows, normalization, micro_batch_size)
+    split = RowSplit.over_context(model)
+    parts = micro_batches(trajectory, states, targets, rows, normalization, micro_batch_size, split)
+    assert all(part.token_ids.shape[1] % model.options.token_multiple == 0 for part in parts)
     optimizer.zero_grad()
     sums = forward_backward(network, parts, distillation_loss(head_type(model), spec))
     loss = sum(float(part["loss_sum"]) for part in sums) / sum(float(part["count"]) for part in sums)
@@ -238,6 +240,13 @@ def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(
         update = ours(problem, normalization, micro_batch_size)
         assert update.loss == pytest.approx(one_by_one.loss, rel=1e-6)
         assert_same(one_by_one.gradients, update.gradients, 1e-5)
+
+
+@pytest.mark.parametrize("token_multiple", [16, 32, 128])
+def test_tokens_that_fill_up_fp8s_tiles_never_reach_the_loss(problem: Problem, token_multiple: int) -> None:
+    plain, padded = ours(problem), ours(problem, token_multiple=token_multiple)
+    assert padded.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert_same(plain.gradients, padded.gradients, 1e-5)
 
 
 @pytest.mark.parametrize("normalization", list(Normalization))

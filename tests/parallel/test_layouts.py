@@ -101,6 +101,17 @@ VARIANTS = {
         ("model.opdlm.states_per_rollout=2", "model.opdlm.normalization=token"),
     ),
     "more ranks than micro-batches": (4, Layout(context=2), ("model.global_batch_size=2", "model.micro_batch_size=1")),
+    "overlapped gradients": (2, Layout(), ("model.optim.overlap_grad_sync=true",)),
+    "overlapped gradients, some ranks with nothing to learn": (
+        4,
+        Layout(context=2),
+        ("model.optim.overlap_grad_sync=true", "model.global_batch_size=2", "model.micro_batch_size=1"),
+    ),
+    "overlapped gradients, fewer micro-batches than stages": (
+        2,
+        Layout(pipeline=2, virtual=2),
+        ("model.optim.overlap_grad_sync=true", "model.micro_batch_size=8"),
+    ),
     "recomputation": (
         4,
         Layout(tensor=2, sequence=True, context=2),

@@ -13,7 +13,7 @@ from nemo_opdlm.megatron import rollout
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.rollout import RolloutEngine
-from nemo_opdlm.megatron.student import StagedGPT
+from nemo_opdlm.megatron.student import HiddenStatesGPT, ModelOptions, StagedGPT
 from nemo_opdlm.testing import tiny
 
 ROWS = 9
@@ -60,6 +60,26 @@ def test_what_is_written_does_not_depend_on_when_the_host_is_told(max_batch_size
 
 def assert_equal(actual: Trajectory, expected: Trajectory) -> None:
     for name in ("token_ids", "unmask_step", "response_len", "finish_reason", "num_forwards", "sample_ids"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("token_multiple", [16, 32])
+def test_tokens_that_fill_up_fp8s_tiles_have_no_say(
+    token_multiple: int, network: StagedGPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    forward = HiddenStatesGPT.forward
+
+    def remember(self: HiddenStatesGPT, token_ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        widths.append(token_ids.numel())
+        return forward(self, token_ids, *args)
+
+    monkeypatch.setattr(HiddenStatesGPT, "forward", remember)
+    tiled = tiny.random_network(tiny.architecture(), initialize(), options=ModelOptions(token_multiple=token_multiple))
+    expected, actual = respond(network, 5), respond(tiled, 5)
+    untiled, widths[:] = widths[: len(widths) // 2], widths[len(widths) // 2 :]
+    assert any(width % token_multiple for width in untiled) and not any(width % token_multiple for width in widths)
+    for name in ("token_ids", "unmask_step", "response_len", "num_forwards"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
