@@ -140,6 +140,11 @@ class StudentOptimizer:
         """Learning rate of the next update."""
         return float(self.megatron.param_groups[0]["lr"])
 
+    @property
+    def adam_package(self) -> str:
+        """Whose Adam Megatron has found: of ``transformer_engine``, ``apex`` or ``torch``."""
+        return type(self._parts[0].optimizer).__module__.partition(".")[0]
+
     @staticmethod
     def is_skipped(grad_norm: float) -> bool:
         """Whether ``step`` leaves the weights alone at this gradient norm."""

@@ -214,6 +214,11 @@ class StagedGPT(torch.nn.ModuleList):
         head = self.head_weight() if self.parallel.is_last_stage else None
         self._host_weights = HostWeights(weight for weight in self.parameters() if weight is not head)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether its weights wait in host memory."""
+        return self._host_weights is not None
+
     def on_device(self) -> AbstractContextManager[None]:
         """Where its layers run."""
         return contextlib.nullcontext() if self._host_weights is None else self._host_weights.on_device()

@@ -19,6 +19,7 @@ from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.sampler import RolloutProgress
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
+from nemo_opdlm.megatron.effective import effective_settings
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
@@ -168,6 +169,7 @@ class OPDLMModel(ModelPT):
         if self._heldout_prompts is not None:
             self.setup_validation_data(self.cfg.data.validation_ds)
         logging.info(f"Divergence: {method.divergence.formula}")
+        logging.info(effective_settings(self._optimizer, self.teacher))
 
     def _tell_progress(self, progress: RolloutProgress) -> None:
         if self.rollout_progress is not None:

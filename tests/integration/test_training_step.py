@@ -34,6 +34,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "two_responses": ("model.opdlm.rollout.num_prompts_per_step=4", "model.opdlm.rollout.num_responses_per_prompt=2"),
     "bf16": ("trainer.precision=bf16",),
     "bf16-mixed": ("trainer.precision=bf16-mixed",),
+    "megatron_amp_O2": ("trainer.precision=bf16-mixed", "model.megatron_amp_O2=true"),
+    "exact_teacher": ("trainer.precision=bf16", "model.opdlm.teacher.precision=32"),
     "recomputation": (
         "model.activations_checkpoint_granularity=full",
         "model.activations_checkpoint_method=uniform",
@@ -111,6 +113,23 @@ def test_each_line_of_metrics_says_what_happened(trained: tuple[OPDLMModel, Path
     assert first["train/lr"] == pytest.approx(1e-2) and second["train/lr"] < first["train/lr"]
     by_ratio = [value for key, value in first.items() if key.startswith("train/kl_at_mask_ratio_")]
     assert len(by_ratio) > 1 and min(by_ratio) <= first["train/kl"] <= max(by_ratio)
+
+
+@pytest.mark.parametrize("responses", ["student", "teacher"])
+def test_where_the_teacher_waits_and_when_gradients_are_summed_changes_nothing(
+    responses: str, inputs: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode = MODES["off_policy"] if responses == "teacher" else ()
+    run(tmp_path / "plain", *TINY, *inputs, *mode)
+    caplog.clear()
+    changed = ("model.opdlm.teacher.offload=true", "model.optim.overlap_grad_sync=true")
+    model = run(tmp_path / "changed", *TINY, *inputs, *mode, *changed)
+    assert model.teacher is not None and model.teacher.network.is_offloaded
+    (said,) = [message for message in caplog.messages if message.startswith("Effective settings: ")]
+    assert "overlap_grad_sync: on; " in said and said.endswith("teacher: fp32, offloaded")
+    for row, plain in zip(*(read_metrics(tmp_path / name) for name in ("changed", "plain")), strict=True):
+        for key in ("train/loss", "train/grad_norm", "val_loss", "generated_tokens"):
+            assert row.get(key) == plain.get(key), key
 
 
 def test_two_states_train_about_twice_the_tokens_of_one(

@@ -95,7 +95,10 @@ def test_a_cpu_run_has_no_gpu_wherever_it_runs() -> None:
     ("overrides", "expected"),
     [
         (FP8 | {"model.fp8_e4m3": True}, "model.fp8=True needs one of"),
-        (FP8 | {"model.transformer_engine": False}, "needs model.transformer_engine=True: Megatron's own layers ignore"),
+        (
+            FP8 | {"model.transformer_engine": False},
+            "needs model.transformer_engine=True: Megatron's own layers ignore",
+        ),
         (FP8 | {"model.fp8_recipe": "mxfp8"}, "model.fp8_recipe='mxfp8' needs model.fp8_e4m3=True"),
         (FP8 | {"model.first_last_layers_bf16": True}, "contradicts model.fp8_recipe='delayed'"),
         (FP8 | {"model.fp8_params": True}, "contradicts model.optim.name='adamw'"),

@@ -115,7 +115,9 @@ def test_fused_layers_compute_what_megatrons_own_do() -> None:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["from-fused", "from-own"])
 def test_either_kind_goes_on_with_the_optimizer_of_the_other(fused: bool, tmp_path: Path) -> None:
-    source, other = (StudentOptimizer(wrap(make(kind, seed), SETTINGS), SETTINGS) for kind, seed in ((fused, 0), (not fused, 1)))
+    source, other = (
+        StudentOptimizer(wrap(make(kind, seed), SETTINGS), SETTINGS) for kind, seed in ((fused, 0), (not fused, 1))
+    )
 
     def update(optimizer: StudentOptimizer, number: int) -> None:
         optimizer.zero_grad()
