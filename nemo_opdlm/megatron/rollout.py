@@ -14,6 +14,7 @@ from nemo_opdlm.diffusion.sampler import Query, RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.speculative import speculate
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
+from nemo_opdlm.megatron.cpu import without_redirect
 from nemo_opdlm.megatron.denoiser import CausalDenoiser, MegatronDenoiser
 from nemo_opdlm.megatron.flight import Flight, fly
 from nemo_opdlm.megatron.speculative import SpeculativeDenoiser
@@ -137,7 +138,7 @@ class RolloutEngine:
         try:
             # One region around all forwards: weights are cast once per rollout, not once per forward.
             region = autocast(self.model.options.autocast_dtype, requests[0].device)
-            with self.model.on_device(), region, self.model.attention.use_rule(rule):
+            with without_redirect(), self.model.on_device(), region, self.model.attention.use_rule(rule):
                 trajectory = Trajectory.cat(fly(self.model, flights))
         finally:
             self.model.train(was_training)
