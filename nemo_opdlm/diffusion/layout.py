@@ -5,10 +5,12 @@ covers positions p .. p + n - 1: it opens with its own copy of the r prompt toke
 because at inference those attend to the masks of their block, so that their keys differ from state to state.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import CLEAN_STREAM, PADDING_DOCUMENT, TokenAttributes
@@ -19,12 +21,14 @@ from nemo_opdlm.diffusion.trajectory import Trajectory
 class SupervisedIndex(NamedTuple):
     """Where the M supervised tokens of a batch stand, int64 ``[M]`` each, in row-major order of the rows.
 
-    ``hidden[row, column]`` gathers from two-stream rows ``[B, N]``, ``x[row, copy, position]`` from a canvas
-    ``[B, C, L]``, and the teacher's target is that of ``(row, position)``.
+    ``hidden[row, column]`` gathers from two-stream rows, ``x[document, copy, position]`` from a canvas ``[B, C, L]``, and
+    the teacher's target is that of ``(document, position)``. Documents are numbered as the rollouts of the batch; a row
+    that is not packed is one document.
     """
 
     row: Tensor
     column: Tensor
+    document: Tensor
     copy: Tensor
     position: Tensor
 
@@ -99,7 +103,7 @@ class TwoStreamRows:
 
     Attributes:
         token_ids: int64 ``[B, N]``, 0 in padding.
-        attributes: of each token, ``[B, N]``.
+        attributes: of each token, ``[B, N]``; the document is the number of the rollout.
         loss_mask: bool ``[B, N]``, supervised state positions.
     """
 
@@ -113,6 +117,13 @@ class TwoStreamRows:
             self.token_ids[:, columns], self.attributes.map(lambda x: x[:, columns]), self.loss_mask[:, columns]
         )
 
+    def packed(self, multiple_of: int = 1) -> "TwoStreamRows":
+        """The same documents one behind the other in a single row ``[1, N]``, padded to a multiple of ``multiple_of``."""
+        end_to_end = _end_to_end(self.attributes, multiple_of)
+        return TwoStreamRows(
+            end_to_end(self.token_ids), _packed(self.attributes, end_to_end), end_to_end(self.loss_mask)
+        )
+
     @property
     def copy_ids(self) -> Tensor:
         """State copy of each token from 0, int64 ``[B, N]``; -1 for prompt, clean and padding tokens."""
@@ -120,9 +131,12 @@ class TwoStreamRows:
 
     @property
     def supervised_index(self) -> SupervisedIndex:
-        """Rows, columns, copies and absolute positions of the supervised tokens."""
+        """Rows, columns, documents, copies and absolute positions of the supervised tokens."""
         row, column = self.loss_mask.nonzero(as_tuple=True)
-        return SupervisedIndex(row, column, self.copy_ids[row, column], self.attributes.position_ids[row, column])
+        documents, positions = self.attributes.document_ids, self.attributes.position_ids
+        return SupervisedIndex(
+            row, column, documents[row, column], self.copy_ids[row, column], positions[row, column]
+        )
 
 
 def two_stream_rows(trajectory: Trajectory, states: DenoisingState, multiple_of: int = 1) -> TwoStreamRows:
@@ -135,6 +149,22 @@ def two_stream_rows(trajectory: Trajectory, states: DenoisingState, multiple_of:
         layout.attributes(width),
         layout.gather(clean_has_no_loss, states.loss_mask, width),
     )
+
+
+def _end_to_end(attributes: TokenAttributes, multiple_of: int) -> Callable[..., Tensor]:
+    """A function that lays what each token has, ``[B, N]``, end to end as ``[1, N']``; padding gets 0 or another value."""
+    is_token = attributes.document_ids != PADDING_DOCUMENT
+    missing = -int(is_token.sum()) % multiple_of
+
+    def end_to_end(x: Tensor, value: int = 0) -> Tensor:
+        return F.pad(x[is_token], (0, missing), value=value)[None]
+
+    return end_to_end
+
+
+def _packed(attributes: TokenAttributes, end_to_end: Callable[..., Tensor]) -> TokenAttributes:
+    documents = end_to_end(attributes.document_ids, PADDING_DOCUMENT)
+    return replace(attributes.map(end_to_end), document_ids=documents)
 
 
 def share_of_columns(width: int, rank: int, num_ranks: int) -> Tensor:
@@ -163,3 +193,10 @@ def clean_rows(trajectory: Trajectory, multiple_of: int = 1) -> tuple[Tensor, To
     documents = rows.masked_fill(~is_token, PADDING_DOCUMENT)
     streams = torch.full_like(positions, CLEAN_STREAM)
     return token_ids, TokenAttributes(documents, streams, positions, positions // trajectory.block_size)
+
+
+def packed_clean_rows(trajectory: Trajectory, multiple_of: int = 1) -> tuple[Tensor, TokenAttributes]:
+    """The tokens of `clean_rows` one document behind the other: ids and attributes ``[1, sum(P + R)]``, and padding."""
+    token_ids, attributes = clean_rows(trajectory)
+    end_to_end = _end_to_end(attributes, multiple_of)
+    return end_to_end(token_ids), _packed(attributes, end_to_end)

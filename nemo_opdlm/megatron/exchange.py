@@ -4,30 +4,15 @@ Ranks with the same weights (data- and context-parallel ones) answer different p
 a few integers per token. Which of them it trains on, and how a checkpoint splits them, then does not depend on who made them.
 """
 
-import heapq
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_opdlm.diffusion.packing import longest_first
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.parallel import ParallelContext
-
-
-def longest_first(cost: Tensor, num_ranks: int) -> list[Tensor]:
-    """Deal rows to ranks, the most expensive first and always to the rank that has least to do; ``[S]`` -> row numbers.
-
-    A rank then ends with the cheap ones, which evens out the slow tail.
-    """
-    load = [(0, rank) for rank in range(num_ranks)]
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    costs: list[int] = cost.tolist()
-    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
-        busy, rank = heapq.heappop(load)
-        shares[rank].append(row)
-        heapq.heappush(load, (busy + costs[row], rank))
-    return [torch.tensor(share, dtype=torch.int64, device=cost.device) for share in shares]
 
 
 def respond_together(respond: Callable[[Tensor], Trajectory], cost: Tensor, parallel: ParallelContext) -> Trajectory:

@@ -99,13 +99,13 @@ def _micro_batch(
         two_stream = two_stream.columns(mine.to(rollouts.device))
     weights, count = token_weights(states.loss_mask, states.num_states, normalization)
     supervised = two_stream.supervised_index
-    row, column, copy, position = supervised
+    row, column, document, copy, position = supervised
     supervision = Supervision(
         row=row,
         column=column,
-        target=index.rows(rollouts[row], position),
-        weight=weights[row, copy, position],
-        mask_ratio=_mask_ratio(states.loss_mask, trajectory.block_size)[row, copy, position],
+        target=index.rows(rollouts[document], position),
+        weight=weights[document, copy, position],
+        mask_ratio=_mask_ratio(states.loss_mask, trajectory.block_size)[document, copy, position],
         # Of the ranks that share the rows, one counts them.
         count=count * (split.rank == 0),
         targets=targets,

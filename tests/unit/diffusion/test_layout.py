@@ -81,7 +81,8 @@ def test_supervised_index_finds_every_supervised_token_in_rows_and_on_the_canvas
     trajectory = random_trajectory(12, block_size)
     states = states_of(trajectory, name=name)
     rows = two_stream_rows(trajectory, states)
-    row, column, copy, position = rows.supervised_index
+    row, column, document, copy, position = rows.supervised_index
+    assert torch.equal(document, row)
     assert row.numel() == states.loss_mask.sum() == rows.loss_mask.sum()
     assert (rows.token_ids[row, column] == MASK_TOKEN_ID).all()
     assert torch.equal(rows.attributes.position_ids[row, column], position)

@@ -3,26 +3,10 @@
 import torch
 
 from nemo_opdlm.diffusion.layout import share_of_columns
-from nemo_opdlm.megatron.exchange import longest_first, respond_together
+from nemo_opdlm.megatron.exchange import respond_together
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.models.distiller import rows_of_rank
 from nemo_opdlm.testing.trajectories import random_trajectory
-
-
-def test_every_prompt_is_answered_once_and_the_ranks_have_about_the_same_to_do() -> None:
-    cost = torch.randint(1, 4000, (131,), generator=torch.Generator().manual_seed(0))
-    for num_ranks in (1, 2, 7, 64):
-        shares = longest_first(cost, num_ranks)
-        assert sorted(torch.cat(shares).tolist()) == list(range(131))
-        load = torch.stack([cost[share].sum() for share in shares])
-        # Greedy scheduling ends within one job of the mean, here the longest.
-        assert int(load.max()) <= float(cost.sum()) / num_ranks + int(cost.max())
-        assert all(bool((cost[share].diff() <= 0).all()) for share in shares)
-
-
-def test_equal_prompts_keep_their_order_and_ranks_beyond_them_get_none() -> None:
-    shares = longest_first(torch.full((3,), 32), 5)
-    assert [share.tolist() for share in shares] == [[0], [1], [2], [], []]
 
 
 def test_records_come_back_in_the_order_of_the_prompts() -> None:
