@@ -128,6 +128,9 @@ class OPDLMConfig:
         normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
         exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
         attention: kernel of the two-stream attention; only dense SDPA is available, `auto` and `sdpa` mean it.
+        pack_to_tokens: rows of different lengths share a micro-batch of at most so many tokens, end to end, and
+            `micro_batch_size` has no say; it has to hold the longest row. null = rows are padded to the longest of their
+            micro-batch.
         max_consecutive_skips: skipped updates in a row (non-finite gradients, or nothing supervised) before the run stops.
         rollout: how the student generates.
         teacher: how the teacher is held.
@@ -147,6 +150,7 @@ class OPDLMConfig:
     normalization: NormalizationName = "sequence"
     exclude_end_token: bool = False
     attention: AttentionKernel = "auto"
+    pack_to_tokens: int | None = None
     max_consecutive_skips: int = 10
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -156,6 +160,11 @@ class OPDLMConfig:
         """Forwards a block may take."""
         steps = self.rollout.denoising_steps
         return self.block_size if steps is None else steps
+
+    @property
+    def max_states_per_rollout(self) -> int:
+        """State copies that a row may have: every forward of a block leaves one more of `all_states` behind."""
+        return self.denoising_steps if self.state_selection == "all_states" else self.states_per_rollout
 
     @property
     def needs_teacher(self) -> bool:

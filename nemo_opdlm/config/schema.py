@@ -186,7 +186,8 @@ class ModelConfig:
             a NeMo 2.0, Megatron-Bridge or Hugging Face folder; required. `tokenizer.type` makes up for a missing tokenizer.
         kd_teacher_restore_from_path: the teacher, of any of these kinds; null = the weights of `restore_from_path`.
         seed: key of all randomness of the run.
-        micro_batch_size: sequences of one forward and backward pass on one data-parallel rank.
+        micro_batch_size: sequences of one forward and backward pass on one data-parallel rank, unless they are packed
+            (`opdlm.pack_to_tokens`).
         global_batch_size: sequences of one update, over all ranks.
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: ranks that share each layer, the
             stack of layers, and each sequence; the rest of the ranks is data parallel.

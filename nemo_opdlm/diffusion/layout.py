@@ -139,9 +139,14 @@ class TwoStreamRows:
         )
 
 
+def row_layout(trajectory: Trajectory, states: DenoisingState) -> BlockLayout:
+    """Where the tokens of these rollouts and their states stand."""
+    return BlockLayout(trajectory.prompt_len, trajectory.response_len, states.num_states, trajectory.block_size)
+
+
 def two_stream_rows(trajectory: Trajectory, states: DenoisingState, multiple_of: int = 1) -> TwoStreamRows:
     """Rows ``[prompt | clean | state x c]`` of a batch, padded to a multiple of ``multiple_of`` columns."""
-    layout = BlockLayout(trajectory.prompt_len, trajectory.response_len, states.num_states, trajectory.block_size)
+    layout = row_layout(trajectory, states)
     width = -(-int(layout.row_len.max()) // multiple_of) * multiple_of
     clean_has_no_loss = torch.zeros_like(trajectory.token_ids, dtype=torch.bool)
     return TwoStreamRows(

@@ -44,6 +44,13 @@ class TargetIndex:
         """Pack per-position teacher outputs [B, N, ...] over `[prompt | response]` into rows [sum R, ...]."""
         return teacher_output[self.teacher_positions()]
 
+    def gather_packed(self, teacher_output: Tensor) -> Tensor:
+        """The same from one row [1, N, ...] in which the rollouts `[prompt | response]` stand one behind the other."""
+        rollout, position = self.teacher_positions()
+        length = self.prompt_len + self.response_len
+        first_column = length.cumsum(0) - length
+        return teacher_output[0, first_column[rollout] + position]
+
     def rows(self, rollout: Tensor, position: Tensor) -> Tensor:
         """Packed row of each (rollout, absolute position), same shape. State copies share their rollout's rows."""
         offset = position - self.prompt_len[rollout]

@@ -59,10 +59,14 @@ class RowSplit:
     @staticmethod
     def over_context(model: StagedGPT) -> "RowSplit":
         """This context-parallel rank's share of every row."""
-        parallel, whole = model.parallel, RowSplit.whole(model)
-        if parallel.cp_size == 1:
-            return whole
-        return RowSplit(parallel.cp_rank, parallel.cp_size, 2 * parallel.cp_size * whole.multiple_of)
+        parallel = model.parallel
+        multiple_of = model.token_multiple * parts_of_a_row(parallel.cp_size)
+        return RowSplit(parallel.cp_rank, parallel.cp_size, multiple_of)
+
+
+def parts_of_a_row(context_parallel_size: int) -> int:
+    """Into how many equal parts context parallelism cuts a training row: two for each rank."""
+    return 1 if context_parallel_size == 1 else 2 * context_parallel_size
 
 
 def _schedule(

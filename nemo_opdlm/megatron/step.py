@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.layout import SupervisedIndex, share_of_columns, two_stream_rows
+from nemo_opdlm.diffusion.layout import SupervisedIndex, row_layout, share_of_columns, two_stream_rows
+from nemo_opdlm.diffusion.packing import pack
 from nemo_opdlm.diffusion.state_selection import DenoisingState, revealed_from
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec, Target
@@ -64,23 +65,52 @@ def micro_batches(
     micro_batch_size: int,
     split: RowSplit = RowSplit(),  # noqa: B008 (frozen)
     forbidden: Tensor | None = None,
+    pack_to_tokens: int | None = None,
 ) -> list[MicroBatch]:
-    """Cut ``rows`` of a rollout batch into micro-batches of rows of similar length, so that little is padded.
+    """Cut ``rows`` of a rollout batch into micro-batches, so that little is padded.
 
+    Either of ``micro_batch_size`` rows of similar length, or of as many rows as fit into ``pack_to_tokens`` end to end.
     Neither the cut, the order nor the split changes the loss: it is a sum over tokens divided by one global count.
 
     Where the states are visited ones and the weights still those of the rollout, ``forbidden`` (bool ``[V]``, tokens that
     the rollout gave no probability) lets the loss also compare the probabilities of training and rollout.
+
+    Raises:
+        ValueError: a row has more than ``pack_to_tokens``.
     """
     if rows.numel() == 0:
         return []
-    lengths = trajectory.prompt_len[rows] + trajectory.response_len[rows]
-    by_length = rows[lengths.argsort(stable=True)]
+    trajectory_rows, state_rows = trajectory.index(rows), states.index(rows)
+    if pack_to_tokens is None:
+        lengths = trajectory_rows.prompt_len + trajectory_rows.response_len
+        parts = rows[lengths.argsort(stable=True)].split(micro_batch_size)
+    else:
+        lengths = row_layout(trajectory_rows, state_rows).row_len
+        capacity = pack_capacity(pack_to_tokens, int(lengths.max()), split.multiple_of)
+        parts = tuple(rows[numbers] for numbers in pack(lengths, capacity))
     index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
+    is_packed = pack_to_tokens is not None
     return [
-        _micro_batch(trajectory.index(part), states.index(part), targets, index, part, normalization, split, forbidden)
-        for part in by_length.split(micro_batch_size)
+        _micro_batch(
+            trajectory.index(part), states.index(part), targets, index, part, normalization, split, forbidden, is_packed
+        )
+        for part in parts
     ]
+
+
+def pack_capacity(pack_to_tokens: int, longest: int, multiple_of: int) -> int:
+    """Tokens of a pack before it is padded to a multiple of ``multiple_of``.
+
+    Raises:
+        ValueError: a row of ``longest`` tokens does not fit.
+    """
+    capacity = pack_to_tokens // multiple_of * multiple_of
+    if longest > capacity:
+        raise ValueError(
+            f"model.opdlm.pack_to_tokens={pack_to_tokens} cannot hold a row of {longest} tokens "
+            f"(prompt, response and its states); it must be at least {-(-longest // multiple_of) * multiple_of}, or null"
+        )
+    return capacity
 
 
 def _micro_batch(
@@ -92,8 +122,12 @@ def _micro_batch(
     normalization: Normalization,
     split: RowSplit,
     forbidden: Tensor | None,
+    is_packed: bool,
 ) -> MicroBatch:
-    two_stream = two_stream_rows(trajectory, states, split.multiple_of)
+    if is_packed:
+        two_stream = two_stream_rows(trajectory, states).packed(split.multiple_of)
+    else:
+        two_stream = two_stream_rows(trajectory, states, split.multiple_of)
     if split.num_ranks > 1:
         mine = share_of_columns(two_stream.token_ids.shape[1], split.rank, split.num_ranks)
         two_stream = two_stream.columns(mine.to(rollouts.device))
@@ -118,8 +152,8 @@ def _revealed(
     trajectory: Trajectory, states: DenoisingState, index: SupervisedIndex, forbidden: Tensor
 ) -> RevealedTokens:
     """Those of the supervised tokens at ``index`` that the forward revealed which saw their state."""
-    is_revealed = revealed_from(trajectory, states)[index.row, index.copy, index.position]
-    places = index.row[is_revealed], index.position[is_revealed]
+    is_revealed = revealed_from(trajectory, states)[index.document, index.copy, index.position]
+    places = index.document[is_revealed], index.position[is_revealed]
     rows = is_revealed.nonzero()[:, 0].cpu()
     return RevealedTokens(rows, trajectory.token_ids[places], trajectory.confidence[places], forbidden)
 

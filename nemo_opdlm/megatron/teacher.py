@@ -1,5 +1,6 @@
 """The frozen autoregressive teacher: one causal pass per rollout batch gives the targets of every state and update of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.config import Architecture
-from nemo_opdlm.diffusion.layout import clean_rows
+from nemo_opdlm.diffusion.layout import clean_rows, packed_clean_rows
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.diffusion.packing import pack
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import (
     DivergenceKind,
@@ -75,10 +77,16 @@ class Teacher:
         parallel: the student's groups.
         options: dtype, layers.
         micro_batch_size: rows of one causal pass.
+        pack_to_tokens: None, or tokens of one causal pass over rollouts end to end; a longer rollout gets one of its own.
     """
 
     def __init__(
-        self, arch: Architecture, parallel: ParallelContext, options: ModelOptions, micro_batch_size: int
+        self,
+        arch: Architecture,
+        parallel: ParallelContext,
+        options: ModelOptions,
+        micro_batch_size: int,
+        pack_to_tokens: int | None = None,
     ) -> None:
         # Frozen weights need no fp32 master copy: what autocast would cast for every pass is held in that dtype.
         held = replace(options, params_dtype=options.autocast_dtype or options.params_dtype, autocast_dtype=None)
@@ -86,6 +94,7 @@ class Teacher:
         self.network.eval().requires_grad_(False)
         self.head = LMHead(self.network)
         self.micro_batch_size = micro_batch_size
+        self.pack_to_tokens = pack_to_tokens
 
     @torch.no_grad()
     def targets(self, trajectory: Trajectory, spec: DivergenceSpec) -> TeacherTargets:
@@ -122,14 +131,32 @@ class Teacher:
 
         On the last pipeline stage; the others get no rows.
         """
-        mine = torch.arange(len(trajectory), device=trajectory.token_ids.device)[rollouts]
-        multiple_of = RowSplit.whole(self.network).multiple_of
-        batches = []
-        for rows in mine.split(self.micro_batch_size) if mine.numel() else ():
-            part = trajectory.index(rows)
-            index = TargetIndex(part.prompt_len, part.response_len)
-            batches.append(MicroBatch(*clean_rows(part, multiple_of), payload=index))
+        device = self.network.parallel.device
+        nothing = torch.empty(0, self.network.config.hidden_size, dtype=self.network.config.pipeline_dtype, device=device)
+        mine = trajectory.index(torch.arange(len(trajectory), device=device)[rollouts])
+        if len(mine) == 0:
+            return nothing
+        passes = self._passes(mine)
+        batches = [self._micro_batch(mine.index(rows)) for rows in passes]
+        gather = TargetIndex.gather if self.pack_to_tokens is None else TargetIndex.gather_packed
         with self.network.on_device():
-            parts = forward_only(self.network, batches, lambda hidden, batch: batch.payload.gather(hidden))
-        nothing = torch.empty(0, self.network.config.hidden_size, device=self.network.parallel.device)
-        return torch.cat(parts) if parts else nothing.to(self.network.config.pipeline_dtype)
+            parts = forward_only(self.network, batches, lambda hidden, batch: gather(batch.payload, hidden))
+        return _in_order(torch.cat(parts), torch.cat(passes), mine.response_len) if parts else nothing
+
+    def _passes(self, trajectory: Trajectory) -> Sequence[Tensor]:
+        """Which rollouts share a pass."""
+        if self.pack_to_tokens is None:
+            return torch.arange(len(trajectory), device=trajectory.token_ids.device).split(self.micro_batch_size)
+        lengths = trajectory.prompt_len + trajectory.response_len
+        return pack(lengths, max(self.pack_to_tokens, int(lengths.max())))
+
+    def _micro_batch(self, trajectory: Trajectory) -> MicroBatch:
+        lay_out = clean_rows if self.pack_to_tokens is None else packed_clean_rows
+        index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
+        return MicroBatch(*lay_out(trajectory, RowSplit.whole(self.network).multiple_of), payload=index)
+
+
+def _in_order(values: Tensor, order: Tensor, response_len: Tensor) -> Tensor:
+    """Values of each response token ``[sum R, ...]`` of the rollouts ``order [B]``, put in the order of the rollouts."""
+    tokens = torch.arange(values.shape[0], device=values.device).split(response_len.tolist())
+    return values[torch.cat([tokens[rollout] for rollout in order.tolist()]).argsort()]

@@ -195,6 +195,7 @@ class OnPolicyDistiller:
                 self.config.micro_batch_size,
                 RowSplit.over_context(self.student.model),
                 self._forbidden_where_comparable(index),
+                self.config.opdlm.pack_to_tokens,
             )
             self.optimizer.zero_grad()
             totals = total(forward_backward(self.student, parts, self.loss), self.student.parallel)

@@ -60,10 +60,15 @@ def model_options(config: ModelConfig, precision: str) -> ModelOptions:
         sequence_parallel=config.sequence_parallel,
         initialize=False,
         transformer_engine=config.transformer_engine,
-        token_multiple=FP8_RECIPES[config.fp8_recipe].multiple if config.fp8 else 1,
+        token_multiple=token_multiple(config),
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
         transformer_config={**_recomputation(config), **_fp8(config), **config.mcore_customization_config},
     )
+
+
+def token_multiple(config: ModelConfig) -> int:
+    """What every rank's tokens of a forward pass have to be a multiple of: FP8's tiles."""
+    return FP8_RECIPES[config.fp8_recipe].multiple if config.fp8 else 1
 
 
 def teacher_options(config: ModelConfig, student: ModelOptions) -> ModelOptions:

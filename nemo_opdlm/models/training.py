@@ -25,6 +25,8 @@ from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
 from nemo_opdlm.megatron.failure import shared_failures
+from nemo_opdlm.megatron.forward import parts_of_a_row
+from nemo_opdlm.megatron.step import pack_capacity
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import opened_once, restore_opened
 from nemo_opdlm.models.archive_format import (
@@ -37,9 +39,9 @@ from nemo_opdlm.models.archive_format import (
 )
 from nemo_opdlm.models.conversion import archive_architecture, read_weights
 from nemo_opdlm.models.foreign import Kind, recognise
-from nemo_opdlm.models.method import SpecialTokens
+from nemo_opdlm.models.method import Method, SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
-from nemo_opdlm.models.settings import teacher_options
+from nemo_opdlm.models.settings import teacher_options, token_multiple
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,19 @@ def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
     assert opdlm.mask_token_id is not None
     tokens = SpecialTokens.read(tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin)
     train_prompts = _prompts(data.train_ds, tokenizer, tokens)
+    if opdlm.pack_to_tokens is not None and train_prompts is not None:
+        _check_packing(config, opdlm.pack_to_tokens, tokens, train_prompts)
     return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
+
+
+def _check_packing(config: Config, pack_to_tokens: int, tokens: SpecialTokens, prompts: PromptDataset) -> None:
+    """Before the first rollout: the length curriculum may reach the longest rows only after days."""
+    model, max_steps = config.model, config.trainer.max_steps
+    assert model.max_position_embeddings is not None and max_steps is not None
+    method = Method.of(model, tokens, model.max_position_embeddings, max_steps)
+    tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
+    pack_capacity(pack_to_tokens, method.longest_row(prompts.prompt_len, list(prompts.domains)), multiple_of)
 
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:
@@ -199,8 +213,8 @@ def _model_config(inputs: Inputs) -> DictConfig:
 def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
     arch = archive_architecture(archive, archive.config)
-    options = teacher_options(config.model, model.options)
-    teacher = Teacher(arch, model.parallel, options, max(config.model.micro_batch_size, 8))
+    rows, options = max(config.model.micro_batch_size, 8), teacher_options(config.model, model.options)
+    teacher = Teacher(arch, model.parallel, options, rows, config.model.opdlm.pack_to_tokens)
     read_weights(teacher.network, archive)
     if config.model.opdlm.teacher.offload:
         teacher.network.offload()

@@ -190,6 +190,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "teacher-responses-with-own-states": (("model.opdlm.responses=teacher",), r"state_selection='one_state_per_block'"),
     "response-grid": (("model.opdlm.block_grid=response",), r"block_grid='response' is not available yet"),
     "batch-sizes": (("model.micro_batch_size=3",), r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3"),
+    "pack-below-the-longest-row": (
+        ("model.opdlm.pack_to_tokens=27",),
+        r"model\.opdlm\.pack_to_tokens=27 cannot hold a row of \d+ tokens .*; it must be at least \d+, or null$",
+    ),
     "rollout-size": (("model.opdlm.rollout.num_prompts_per_step=6",), r"must be a multiple of model\.global_batch_size=4"),
     "learning-rates": (("model.optim.sched.min_lr=1",), r"min_lr=1.* must be at most model\.optim\.lr"),
     "endless-warm-up": (("model.optim.sched.warmup_steps=2",), r"warmup_steps=2 must be below trainer\.max_steps=2"),

@@ -1,6 +1,7 @@
 """The loss and its gradient are those of slow, obvious code: transformers in fp64, masks from loops, autograd."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_opdlm.convert import families
 from nemo_opdlm.convert.hugging_face import HfImport, hf_to_megatron
+from nemo_opdlm.diffusion.layout import row_layout
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
-from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.distillation.targets import TargetIndex
 from nemo_opdlm.megatron.forward import RowSplit, forward_backward
@@ -105,13 +107,13 @@ def rollouts(student: HfImport, parallel: ParallelContext) -> Trajectory:
 # -- the slow way --
 
 
-def two_stream_row(problem: Problem, row: int, copy: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def two_stream_row(problem: Problem, row: int, number: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Ids, positions, mask and supervised columns of ``[prompt | clean | one state copy]``, token by token."""
     trajectory, states = problem.trajectory, problem.states
     prompt_len, end = int(trajectory.prompt_len[row]), int(trajectory.row_end[row])
     first = prompt_len - prompt_len % BLOCK_SIZE
     tokens = [(False, i, int(trajectory.token_ids[row, i])) for i in range(end)]
-    tokens += [(True, i, int(states.state_ids[row, copy, i])) for i in range(first, end)]
+    tokens += [(True, i, int(states.state_ids[row, number, i])) for i in range(first, end)]
 
     def sees(query: tuple[bool, int, int], key: tuple[bool, int, int]) -> bool:
         query_block, key_block = query[1] // BLOCK_SIZE, key[1] // BLOCK_SIZE
@@ -145,8 +147,8 @@ def oracle(problem: Problem, normalization: Normalization) -> tuple[float, Gradi
     per_copy: list[Tensor] = []
     for row in range(len(problem.trajectory)):
         log_phi = teacher_log_probs(problem, row)
-        for copy in range(NUM_STATES):
-            ids, positions, mask, supervised = two_stream_row(problem, row, copy)
+        for number in range(NUM_STATES):
+            ids, positions, mask, supervised = two_stream_row(problem, row, number)
             logits = model(ids, position_ids=positions, attention_mask=mask).logits[0]
             phi = log_phi[[int(positions[0, column]) - 1 for column in supervised]]
             per_copy.append((phi.exp() * (phi - logits[supervised].log_softmax(-1))).sum(-1))
@@ -179,6 +181,7 @@ def ours(
     head_type: type[LMHead] = LMHead,
     spec: DivergenceSpec = DivergenceSpec(),  # noqa: B008 (frozen)
     batch: tuple[Trajectory, DenoisingState] | None = None,
+    pack_to_tokens: int | None = None,
     **options: Any,
 ) -> Outcome:
     """The update as training makes it: Megatron's DDP, schedule and gradient buffers."""
@@ -188,10 +191,14 @@ def ours(
     )
     network = wrap(model, ADAM)
     optimizer = StudentOptimizer(network, ADAM)
-    targets = problem.teacher.targets(trajectory, spec)
+    teacher = copy(problem.teacher)
+    teacher.pack_to_tokens = pack_to_tokens
+    targets = teacher.targets(trajectory, spec)
     rows = torch.arange(len(trajectory))
     split = RowSplit.over_context(model)
-    parts = micro_batches(trajectory, states, targets, rows, normalization, micro_batch_size, split)
+    parts = micro_batches(
+        trajectory, states, targets, rows, normalization, micro_batch_size, split, pack_to_tokens=pack_to_tokens
+    )
     assert all(part.token_ids.shape[1] % model.options.token_multiple == 0 for part in parts)
     optimizer.zero_grad()
     sums = forward_backward(network, parts, distillation_loss(head_type(model), spec))
@@ -247,6 +254,42 @@ def test_tokens_that_fill_up_fp8s_tiles_never_reach_the_loss(problem: Problem, t
     plain, padded = ours(problem), ours(problem, token_multiple=token_multiple)
     assert padded.loss == pytest.approx(plain.loss, rel=1e-6)
     assert_same(plain.gradients, padded.gradients, 1e-5)
+
+
+def modes() -> Iterator[DivergenceSpec]:
+    yield DivergenceSpec()
+    yield from (DivergenceSpec(top_k=3, tail=tail) for tail in Tail)
+    yield DivergenceSpec(DivergenceKind.nll)
+
+
+@pytest.mark.parametrize("spec", modes(), ids=lambda spec: f"{spec.kind.value}-{spec.top_k}-{spec.tail.value}")
+@pytest.mark.parametrize("normalization", list(Normalization))
+def test_packed_rows_have_the_loss_and_gradients_of_rows_apart(
+    problem: Problem, spec: DivergenceSpec, normalization: Normalization
+) -> None:
+    longest = int(row_layout(problem.trajectory, problem.states).row_len.max())
+    apart = ours(problem, normalization, micro_batch_size=1, spec=spec)
+    for pack_to_tokens in (longest, 2 * longest, 1000):
+        packed = ours(problem, normalization, spec=spec, pack_to_tokens=pack_to_tokens)
+        assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
+        assert_same(apart.gradients, packed.gradients, 1e-5)
+
+
+def test_packed_teacher_passes_give_the_hidden_states_of_passes_apart(problem: Problem) -> None:
+    trajectory = problem.trajectory
+    longest = int((trajectory.prompt_len + trajectory.response_len).max())
+    for rollouts in (slice(None), slice(1, None, 2)):
+        apart = problem.teacher.response_hidden(trajectory, rollouts)
+        for pack_to_tokens in (1, longest, 2 * longest, 1000):
+            teacher = copy(problem.teacher)
+            teacher.pack_to_tokens = pack_to_tokens
+            torch.testing.assert_close(teacher.response_hidden(trajectory, rollouts), apart)
+
+
+def test_a_pack_without_room_for_the_longest_row_is_refused(problem: Problem) -> None:
+    longest = int(row_layout(problem.trajectory, problem.states).row_len.max())
+    with pytest.raises(ValueError, match=rf"pack_to_tokens={longest - 1} cannot .* {longest} tokens .* least {longest},"):
+        ours(problem, pack_to_tokens=longest - 1)
 
 
 @pytest.mark.parametrize("normalization", list(Normalization))

@@ -237,6 +237,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.opdlm.jsd_alpha", 1.0, "between 0 and 1"),
     ("model.opdlm.divergence_top_k", -1, "0 (full vocabulary)"),
     ("model.opdlm.states_per_rollout", 0, "at least 1"),
+    ("model.opdlm.pack_to_tokens", 0, "at least 1, or null"),
     ("model.optim.lr", 0.0, "above 0"),
     ("model.optim.betas", [0.9, 1.0], "below 1"),
     ("model.micro_batch_size", 0, "at least 1"),

@@ -49,6 +49,15 @@ def test_gathered_causal_log_probs_are_the_plain_ones_shifted_by_one() -> None:
         assert torch.equal(packed[row], log_probs[b, position - 1])
 
 
+def test_rollouts_end_to_end_give_the_rows_of_rollouts_apart() -> None:
+    for rollouts in ([0, 1, 2], [2, 0, 1], [1]):
+        index = index_of(rollouts)
+        output = torch.randn(len(rollouts), 9, 7, generator=torch.Generator().manual_seed(0))
+        lengths = (index.prompt_len + index.response_len).tolist()
+        end_to_end = torch.cat([row[:length] for row, length in zip(output, lengths, strict=True)] + [output[0, :2]])
+        assert torch.equal(index.gather_packed(end_to_end[None]), index.gather(output))
+
+
 def test_any_rollouts_in_any_order_find_their_rows() -> None:
     index, expected = index_of([0, 1, 2]), oracle_rows()
     asked = [(2, 8), (0, 5), (1, 3), (0, 5)]  # as the copies of shuffled rollouts ask
