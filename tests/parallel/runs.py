@@ -166,7 +166,8 @@ def build(archive: str, layout: Layout, *overrides: str) -> Recorder:
         student = build_model(arch, context, AttentionRule.BLOCK_DIFFUSION, options)
         read_weights(student, opened)
     with open_nemo(str(config.model.teacher_path)) as opened:
-        teacher = Teacher(archive_architecture(opened, opened.config), context, options, micro_batch_size=4)
+        arch_of_teacher, pack_to_tokens = archive_architecture(opened, opened.config), config.model.opdlm.pack_to_tokens
+        teacher = Teacher(arch_of_teacher, context, options, micro_batch_size=4, pack_to_tokens=pack_to_tokens)
         read_weights(teacher.network, opened)
     settings = optimizer_settings(config.model, MAX_STEPS, config.trainer.gradient_clip_val)
     network = wrap(student, settings)

@@ -1,11 +1,16 @@
 """The layout never changes the result: rollouts token for token, losses and gradients of one process."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_opdlm.diffusion.layout import BlockLayout
+from nemo_opdlm.diffusion.packing import pack
+from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.models.conversion import convert_hf_to_nemo
+from nemo_opdlm.models.distiller import rows_of_rank
 from nemo_opdlm.testing import tiny
 from nemo_opdlm.testing.ranks import Ranks
 from tests.integration import training_runs
@@ -13,6 +18,8 @@ from tests.parallel import runs
 from tests.parallel.runs import LAYOUTS, Layout, Outcome
 
 NUM_UPDATES = 4
+#: A prompt of 14 tokens, a response of 18 and one state of it, in whole blocks of 4.
+LONGEST_ROW = 12 + 2 * 20
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,58 @@ def test_the_first_updates_are_those_of_one_process(
         assert_same_rollouts(outcome, expected)
         assert_same_losses(outcome, expected, 1e-5)
     assert_same_gradients(glassllm, tmp_path, gradients, NUM_UPDATES)
+
+
+@pytest.mark.parametrize("name", ["1", "TP2+SP", "PP2", "VPP2", "CP2"])
+def test_packed_updates_are_those_of_rows_apart_in_one_process(
+    name: str,
+    one_process: tuple[Outcome, Path],
+    glassllm: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    num_ranks, layout = LAYOUTS[name]
+    arguments = (glassllm, layout, 2, (f"model.opdlm.pack_to_tokens={2 * LONGEST_ROW + 5}",), str(tmp_path))
+    if num_ranks == 1:
+        outcomes = [runs.train(*arguments)]
+    else:
+        outcomes = request.getfixturevalue("two_ranks").run(runs.train, *arguments)
+    apart, gradients = one_process
+    for outcome in outcomes:
+        assert_same_rollouts(outcome, Outcome(apart.metrics[:2], apart.rollouts[:1]))
+        assert_same_losses(outcome, Outcome(apart.metrics[:2], []), 1e-5)
+    assert_same_gradients(glassllm, tmp_path, gradients, 2)
+
+
+def test_data_parallel_ranks_may_have_different_numbers_of_packs(
+    glassllm: str, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = ({"prompt": "the old king and the sea " * (1 + number * number % 7)} for number in range(40))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts_of_all_lengths = (
+        f"model.data.train_ds.file_path={prompts}",
+        "model.data.train_ds.truncate_prompt_to=null",
+        "model.data.train_ds.max_prompt_length=100",
+    )
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    expected = runs.train(glassllm, Layout(), 2, prompts_of_all_lengths, str(tmp_path / "one"))
+    overrides = (*prompts_of_all_lengths, f"model.opdlm.pack_to_tokens={uneven_capacity(expected)}")
+    for outcome in two_ranks.run(runs.train, glassllm, Layout(), 2, overrides, str(tmp_path / "two")):
+        assert_same_rollouts(outcome, expected)
+        assert_same_losses(outcome, expected, 1e-5)
+    assert_same_gradients(glassllm, tmp_path / "two", tmp_path / "one", 2)
+
+
+def uneven_capacity(outcome: Outcome) -> int:
+    """Tokens of a pack with which two data-parallel ranks need different numbers of packs in the first update."""
+    trajectory = Trajectory.from_state_dict(outcome.rollouts[0])
+    one_state = torch.ones_like(trajectory.prompt_len)
+    lengths = BlockLayout(trajectory.prompt_len, trajectory.response_len, one_state, trajectory.block_size).row_len
+    longest = int(lengths.max())
+    ranks = [lengths[rows_of_rank(trajectory, 8, rank, 2)[:4]] for rank in range(2)]
+    return next(n for n in range(longest, 4 * longest) if len(pack(ranks[0], n)) != len(pack(ranks[1], n)))
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2, pipeline=2), Layout(tensor=2, sequence=True, context=2)], ids=str)
