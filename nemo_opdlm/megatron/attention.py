@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
-from nemo_opdlm.megatron.chunked_attention import MaskOf, attend_in_chunks, gather_sequence
+from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks, gather_sequence
 from nemo_opdlm.megatron.rotary import cos_sin, rotate
 
-#: Mask elements up to which a row is attended at once.
-DENSE_ELEMENTS = 2**22
+#: Tokens of a row up to which it is attended at once.
+DENSE_LENGTH = 256
 
 
 @dataclass
@@ -30,14 +30,14 @@ class AttentionPlan:
 
     Attributes:
         cos, sin: rotation by position, of this rank's tokens.
-        may_attend: the dense mask of short rows (True = may attend), None where ``mask_of`` gives it chunk by chunk.
-        mask_of: (first, last + 1 query of this rank) -> mask over the keys of all context-parallel ranks.
+        may_attend: the dense mask of short rows (True = may attend), or None.
+        chunks: the mask of other rows over the keys of all context-parallel ranks.
     """
 
     cos: Tensor
     sin: Tensor
     may_attend: Tensor | None
-    mask_of: MaskOf
+    chunks: MaskChunks
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,9 @@ class AttentionContext:
         key = TokenAttributes.unstack(gather_sequence(stacked, self._split_group))
         cos, sin = cos_sin(self.inv_freq.to(stacked.device), query.position_ids.transpose(0, 1))
 
-        # Comparing narrow integers takes half the time.
-        narrow_query, narrow_key = (x.map(lambda x: x.to(torch.int32)) for x in (query, key))
-
-        def mask_of(start: int, stop: int) -> Tensor:
-            return dense(rule, narrow_query.map(lambda x: x[:, start:stop]), narrow_key)
-
-        num_queries, num_keys = query.position_ids.shape[1], key.position_ids.numel()
-        is_short = self._split_group is None and num_queries * num_keys <= DENSE_ELEMENTS
-        mask = mask_of(0, num_queries) if is_short and self.cache is None else None
-        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), mask, mask_of)
+        is_short = self._split_group is None and query.position_ids.shape[1] <= DENSE_LENGTH
+        may_attend = dense(rule, query, key) if is_short and self.cache is None else None
+        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), may_attend, MaskChunks(rule, query, key))
 
 
 class BlockDiffusionAttention(torch.nn.Module):
@@ -231,7 +224,7 @@ class BlockDiffusionAttention(torch.nn.Module):
             out = self._attend(query, key, value, plan.may_attend)
         else:
             group = self.context.split_group
-            out = attend_in_chunks(query, key, value, plan.mask_of, self.softmax_scale, group)
+            out = attend_in_chunks(query, key, value, plan.chunks, self.softmax_scale, group)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _forward_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:

@@ -1,10 +1,12 @@
-"""Attention of long rows: chunk by chunk of their queries, with keys and values gathered over context-parallel ranks.
+"""Attention of long and of packed rows: chunk by chunk of their queries, each over the keys that it sees.
 
-Neither the mask of a whole row nor the gathered keys outlive a chunk or a layer: the backward pass gathers and computes them
-again. A context-parallel rank therefore holds activations of its own tokens only.
+Two of three keys of a two-stream row are seen by none of a chunk's queries, and in a packed row those of all other documents.
+Keys and values are gathered over context-parallel ranks. Gathered keys do not outlive a layer: the backward pass gathers them and
+computes the attention of a chunk again, so that a context-parallel rank holds activations of its own tokens only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +14,98 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Mask elements alive at a time.
-CHUNK_ELEMENTS = 2**23
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 
-#: (first, last + 1 of this rank's queries) -> bool ``[B, 1, queries, keys]``, True = may attend.
-MaskOf = Callable[[int, int], Tensor]
+#: Queries of a chunk on a CPU: fewer see fewer keys, more make better use of a kernel.
+CPU_QUERIES = 64
+#: Mask elements of a chunk on other devices, where counting the keys that are seen would wait for the device.
+CHUNK_ELEMENTS = 2**23
+#: Mask elements that are kept from one layer and pass to the next; chunks beyond them are made anew each time.
+KEPT_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some queries and the keys that they see.
+
+    Attributes:
+        start, stop: first and last + 1 query.
+        keys: ``[K]`` their numbers in ascending order, those that any of the queries sees in any row; None = all.
+        may_attend: bool ``[B, 1, queries, K]``.
+    """
+
+    start: int
+    stop: int
+    keys: Tensor | None
+    may_attend: Tensor
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The chunk's keys (or values) of ``[..., Nk, d]``."""
+        return x if self.keys is None else x.index_select(-2, self.keys)
+
+
+class MaskChunks:
+    """A mask chunk by chunk, as often as it is asked for.
+
+    Args:
+        rule: who may attend to whom.
+        query: attributes ``[B, Nq]`` of this rank's tokens.
+        key: attributes ``[B, Nk]`` of the tokens of all ranks.
+    """
+
+    def __init__(self, rule: AttentionRule, query: TokenAttributes, key: TokenAttributes) -> None:
+        # Comparing narrow integers takes half the time.
+        self._query, self._key = (x.map(lambda x: x.to(torch.int32)) for x in (query, key))
+        self._rule = rule
+        self._kept: dict[int, Chunk] = {}
+        self._room = KEPT_ELEMENTS
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """All chunks in the order of their queries."""
+        num_queries = self._query.position_ids.shape[1]
+        size = self._queries_at_a_time()
+        for start in range(0, num_queries, size):
+            yield self._kept.get(start) or self._keep(self._chunk(start, min(start + size, num_queries)))
+
+    def _queries_at_a_time(self) -> int:
+        is_cpu = self._key.position_ids.device.type == "cpu"
+        return CPU_QUERIES if is_cpu else max(1, CHUNK_ELEMENTS // self._key.position_ids.numel())
+
+    def _keep(self, chunk: Chunk) -> Chunk:
+        if chunk.may_attend.numel() <= self._room:
+            self._room -= chunk.may_attend.numel()
+            self._kept[chunk.start] = chunk
+        return chunk
+
+    def _chunk(self, start: int, stop: int) -> Chunk:
+        query = self._query.map(lambda x: x[:, start:stop])
+        if self._key.position_ids.device.type != "cpu":
+            return Chunk(start, stop, None, dense(self._rule, query, self._key))
+        near = self._keys_of_documents_in(query)
+        may_attend = dense(self._rule, query, self._key.map(lambda x: x[:, near]))
+        is_seen = may_attend.any(dim=2).any(dim=0)[0]
+        return Chunk(start, stop, near[is_seen], may_attend[..., is_seen])
+
+    def _keys_of_documents_in(self, query: TokenAttributes) -> Tensor:
+        """Numbers of the keys whose document lies between the first and the last of the queries' documents."""
+        first, last = query.document_ids.amin(1, keepdim=True), query.document_ids.amax(1, keepdim=True)
+        documents = self._key.document_ids
+        return ((documents >= first) & (documents <= last)).any(0).nonzero()[:, 0]
 
 
 def attend_in_chunks(
-    query: Tensor, key: Tensor, value: Tensor, mask_of: MaskOf, scale: float | None, group: dist.ProcessGroup | None
+    query: Tensor, key: Tensor, value: Tensor, chunks: MaskChunks, scale: float | None, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Scaled dot product attention ``[B, heads, Nq, d]`` of this rank's queries to the keys of all ranks.
 
     Args:
         query: ``[B, heads, Nq, d]``.
         key, value: ``[B, groups, Nk, d]``, this rank's share.
-        mask_of: the mask of some queries over the keys of all ranks, in the order of the ranks.
+        chunks: the mask over the keys of all ranks, in the order of the ranks.
         scale: factor of the scores; None = 1 / sqrt(d).
         group: context-parallel ranks, None for one rank alone.
     """
-    out: Tensor = _ChunkedAttention.apply(query, key, value, mask_of, scale, group)
+    out: Tensor = _ChunkedAttention.apply(query, key, value, chunks, scale, group)
     return out
 
 
@@ -42,17 +116,17 @@ class _ChunkedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask_of: MaskOf,
+        chunks: MaskChunks,
         scale: float | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.mask_of, ctx.scale, ctx.group = mask_of, scale, group
+        ctx.chunks, ctx.scale, ctx.group = chunks, scale, group
         keys, values = _gather_both(key, value, group)
-        parts = []
-        for start, stop in _chunks(query, keys):
-            visible, mask = _prune(mask_of(start, stop))
-            parts.append(_attend(query[:, :, start:stop], _pick(keys, visible), _pick(values, visible), mask, scale))
+        parts = [
+            _attend(query[:, :, chunk.start : chunk.stop], chunk.pick(keys), chunk.pick(values), chunk.may_attend, scale)
+            for chunk in chunks
+        ]
         return torch.cat(parts, 2)
 
     @staticmethod
@@ -62,17 +136,16 @@ class _ChunkedAttention(torch.autograd.Function):
         # Sums over many chunks and ranks: narrow ones would lose digits with every term.
         wide = torch.promote_types(keys.dtype, torch.float32)
         query_grad, both_grad = torch.empty_like(query), keys.new_zeros(2, *keys.shape, dtype=wide)
-        for start, stop in _chunks(query, keys):
-            visible, mask = _prune(ctx.mask_of(start, stop))
-            inputs = [query[:, :, start:stop], _pick(keys, visible), _pick(values, visible)]
-            inputs = [x.detach().requires_grad_() for x in inputs]
+        for chunk in ctx.chunks:
+            now = slice(chunk.start, chunk.stop)
+            inputs = [x.detach().requires_grad_() for x in (query[:, :, now], chunk.pick(keys), chunk.pick(values))]
             with torch.enable_grad():
-                out = _attend(*inputs, mask, ctx.scale)
-            query_grad[:, :, start:stop], *grads = torch.autograd.grad(out, inputs, grad[:, :, start:stop])
-            if visible is None:
+                out = _attend(*inputs, chunk.may_attend, ctx.scale)
+            query_grad[:, :, now], *grads = torch.autograd.grad(out, inputs, grad[:, :, now])
+            if chunk.keys is None:
                 both_grad += torch.stack(grads)
             else:
-                both_grad.index_add_(3, visible, torch.stack(grads).to(wide))
+                both_grad.index_add_(3, chunk.keys, torch.stack(grads).to(wide))
         key_grad, value_grad = reduce_scatter_sequence(both_grad, ctx.group).to(keys.dtype)
         return query_grad, key_grad, value_grad, None, None, None
 
@@ -103,28 +176,6 @@ def _gather_both(key: Tensor, value: Tensor, group: dist.ProcessGroup | None) ->
         return key, value
     keys, values = gather_sequence(torch.stack([key, value]), group)
     return keys, values
-
-
-def _chunks(query: Tensor, keys: Tensor) -> Iterator[tuple[int, int]]:
-    num_queries = query.shape[2]
-    size = max(1, CHUNK_ELEMENTS // (query.shape[0] * keys.shape[2]))
-    for start in range(0, num_queries, size):
-        yield start, min(start + size, num_queries)
-
-
-def _prune(mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Keys that any query of the chunk sees, and the mask over them: two of three are seen by none in a two-stream row.
-
-    Not on a GPU, where counting them would wait for the device.
-    """
-    if mask.device.type != "cpu":
-        return None, mask
-    visible = mask.any(dim=2).any(dim=0)[0].nonzero()[:, 0]
-    return visible, mask[..., visible]
-
-
-def _pick(x: Tensor, visible: Tensor | None) -> Tensor:
-    return x if visible is None else x.index_select(2, visible)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense, mask_mod
 from nemo_opdlm.megatron import chunked_attention
-from nemo_opdlm.megatron.chunked_attention import attend_in_chunks
+from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks
 
 HEADS, GROUPS, DIM = 4, 2, 64
 RULE = AttentionRule.BLOCK_DIFFUSION
@@ -82,13 +82,8 @@ def test_attention_in_chunks_equals_attention_with_a_dense_mask(
     monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 2 * length * -(-length // num_chunks))
     tokens = attributes(length, block_size)
     *inputs, grad = random_inputs(length, dtype)
-    masks = []
-
-    def mask_of(start: int, stop: int) -> Tensor:
-        masks.append((start, stop))
-        return dense(RULE, tokens.map(lambda x: x[:, start:stop]), tokens)
-
-    out = attend_in_chunks(*inputs, mask_of, None, None)
-    assert len(masks) == num_chunks
+    chunks = MaskChunks(RULE, tokens, tokens)
+    assert len(list(chunks)) == num_chunks
+    out = attend_in_chunks(*inputs, chunks, None, None)
     expected = by_dense_mask(tuple(inputs), grad, dense(RULE, tokens, tokens))  # type: ignore[arg-type]
     assert_close(results(out, tuple(inputs), grad), expected, dtype)  # type: ignore[arg-type]

@@ -57,10 +57,8 @@ def test_packed_updates_are_those_of_rows_apart_in_one_process(
 ) -> None:
     num_ranks, layout = LAYOUTS[name]
     arguments = (glassllm, layout, 2, (f"model.opdlm.pack_to_tokens={2 * LONGEST_ROW + 5}",), str(tmp_path))
-    if num_ranks == 1:
-        outcomes = [runs.train(*arguments)]
-    else:
-        outcomes = request.getfixturevalue("two_ranks").run(runs.train, *arguments)
+    is_alone = num_ranks == 1
+    outcomes = [runs.train(*arguments)] if is_alone else request.getfixturevalue("two_ranks").run(runs.train, *arguments)
     apart, gradients = one_process
     for outcome in outcomes:
         assert_same_rollouts(outcome, Outcome(apart.metrics[:2], apart.rollouts[:1]))

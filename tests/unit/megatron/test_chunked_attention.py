@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from nemo_opdlm.diffusion.layout import two_stream_rows
+from nemo_opdlm.diffusion.layout import BlockLayout, two_stream_rows
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.diffusion.state_selection import random_mask
 from nemo_opdlm.megatron import attention, chunked_attention
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
-from nemo_opdlm.megatron.chunked_attention import attend_in_chunks
+from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions, transformer_config
 from nemo_opdlm.testing import tiny
@@ -47,9 +47,8 @@ def test_chunks_give_the_values_and_gradients_of_the_whole(
     stacked, inputs = random_rows(block_size)
     context = AttentionContext(AttentionRule.BLOCK_DIFFUSION, torch.ones(DIM // 2))
     plan = context.plan(stacked)
-    batch, length = stacked.shape[:2]
-    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", queries_at_a_time * batch * length)
-    out = attend_in_chunks(*inputs, plan.mask_of, None, None)
+    monkeypatch.setattr(chunked_attention, "CPU_QUERIES", queries_at_a_time)
+    out = attend_in_chunks(*inputs, plan.chunks, None, None)
     assert plan.may_attend is not None
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=plan.may_attend, enable_gqa=True)
     torch.testing.assert_close(out, expected)
@@ -62,8 +61,8 @@ def test_long_rows_are_attended_in_chunks_by_themselves(monkeypatch: pytest.Monk
     stacked, inputs = random_rows(4)
     rows_first = [x.detach().float().permute(2, 0, 1, 3) for x in inputs]
     outs = []
-    for largest in (attention.DENSE_ELEMENTS, 1):
-        monkeypatch.setattr(attention, "DENSE_ELEMENTS", largest)
+    for longest in (attention.DENSE_LENGTH, 1):
+        monkeypatch.setattr(attention, "DENSE_LENGTH", longest)
         context = AttentionContext(AttentionRule.BLOCK_DIFFUSION, torch.ones(DIM // 2))
         module = BlockDiffusionAttention(
             context,
@@ -73,13 +72,58 @@ def test_long_rows_are_attended_in_chunks_by_themselves(monkeypatch: pytest.Monk
             attention_type="self",
         )
         outs.append(module(*rows_first, stacked))
-        assert (context.plan(stacked).may_attend is None) == (largest == 1)
+        assert (context.plan(stacked).may_attend is None) == (longest == 1)
     torch.testing.assert_close(*outs)
 
 
-def test_the_mask_of_some_queries_is_those_rows_of_the_whole_mask() -> None:
-    stacked, _ = random_rows(4)
-    plan = AttentionContext(AttentionRule.CAUSAL, torch.ones(DIM // 2)).plan(stacked)
-    attributes = TokenAttributes.unstack(stacked)
-    whole = dense(AttentionRule.CAUSAL, attributes, attributes)
-    assert torch.equal(plan.mask_of(3, 11), whole[:, :, 3:11])
+rules = pytest.mark.parametrize("rule", list(AttentionRule))
+
+
+def packed_attributes() -> TokenAttributes:
+    """Two packed rows of several documents each, and padding."""
+    rows = []
+    for seed in (0, 1):
+        trajectory = random_trajectory(6, 4, seed=seed)
+        states = random_mask(trajectory, MASK_TOKEN_ID, num_states=2, seed=seed, step=1)
+        rows.append(two_stream_rows(trajectory, states).packed(multiple_of=512).attributes.stack())
+    return TokenAttributes.unstack(torch.cat(rows))
+
+
+@rules
+@pytest.mark.parametrize("room", [0, 1500, chunked_attention.KEPT_ELEMENTS])
+def test_the_chunks_are_the_whole_mask_without_keys_that_nobody_sees(
+    rule: AttentionRule, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_attention, "CPU_QUERIES", 24)
+    monkeypatch.setattr(chunked_attention, "KEPT_ELEMENTS", room)
+    attributes = packed_attributes()
+    whole = dense(rule, attributes, attributes)
+    chunks = MaskChunks(rule, attributes, attributes)
+    for _ in range(2):
+        found = torch.zeros_like(whole)
+        for chunk in chunks:
+            assert chunk.keys is not None
+            found[:, :, chunk.start : chunk.stop, chunk.keys] = chunk.may_attend
+            assert chunk.may_attend.flatten(0, 2).any(0).all()
+        assert torch.equal(found, whole)
+    kept = [first is second for first, second in zip(chunks, chunks, strict=True)]
+    assert all(kept) == (room > 1500)
+
+
+@rules
+def test_packed_rows_spend_nothing_on_other_documents(rule: AttentionRule) -> None:
+    """The area of all chunks is that of the documents apart, but for the ends of documents within a chunk."""
+    lengths = torch.tensor([700, 900, 400, 1200])
+    layout = BlockLayout(torch.full_like(lengths, 100), lengths, torch.ones_like(lengths), 4)
+    attributes = layout.attributes()
+    is_token = attributes.document_ids >= 0
+
+    def area(attributes: TokenAttributes) -> int:
+        return sum(chunk.may_attend.numel() for chunk in MaskChunks(rule, attributes, attributes))
+
+    together = area(attributes.map(lambda x: x[is_token][None]))
+    apart = sum(
+        area(attributes.map(lambda x, row=row: x[row : row + 1, : int(layout.row_len[row])]))  # type: ignore[misc]
+        for row in range(4)
+    )
+    assert together <= 1.1 * apart <= 0.2 * int(layout.row_len.sum()) ** 2
