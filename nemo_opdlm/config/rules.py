@@ -97,7 +97,6 @@ FIXED: dict[str, tuple[Any, str]] = {
 NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.block_grid", "response", "use 'absolute'"),
     ("model.opdlm.responses", "dataset", "use 'student' or 'teacher'"),
-    ("model.opdlm.attention", "flex", "use 'auto'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
     ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
     (

@@ -126,6 +126,10 @@ def _method(config: Config) -> None:
             f"model.opdlm.states_per_rollout={opdlm.states_per_rollout} contradicts state_selection='all_states', "
             "which takes every state; set states_per_rollout=1"
         )
+    if opdlm.attention == "flex" and _runs_on_cpu(config):
+        raise ValueError(
+            "model.opdlm.attention='flex' needs a GPU: FlexAttention has no backward pass on a CPU; use 'auto' or 'sdpa'"
+        )
     if opdlm.divergence == "nll" and opdlm.responses == "student":
         _logger.warning("model.opdlm.divergence='nll' on responses='student' learns nothing from the teacher.")
 

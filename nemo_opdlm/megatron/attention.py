@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks, gather_sequence
+from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask
 from nemo_opdlm.megatron.rotary import cos_sin, rotate
 
 #: Tokens of a row up to which it is attended at once.
@@ -30,14 +32,13 @@ class AttentionPlan:
 
     Attributes:
         cos, sin: rotation by position, of this rank's tokens.
-        may_attend: the dense mask of short rows (True = may attend), or None.
-        chunks: the mask of other rows over the keys of all context-parallel ranks.
+        mask: who may attend to whom. Dense for short rows (True = may attend), in tiles for FlexAttention, else in chunks over
+            the keys of all context-parallel ranks; None beside a cache, which has its own.
     """
 
     cos: Tensor
     sin: Tensor
-    may_attend: Tensor | None
-    chunks: MaskChunks
+    mask: Tensor | BlockMask | MaskChunks | None
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,18 @@ class AttentionContext:
         inv_freq: rotary frequencies.
         context_group: the model's context-parallel ranks, None for one rank alone. They share rows only within
             ``split_rows``: otherwise each of them works on rows of its own, as data-parallel ranks do.
+        uses_flex: whether rows that no other rank has a part of are attended by FlexAttention.
     """
 
-    def __init__(self, rule: AttentionRule, inv_freq: Tensor, context_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        rule: AttentionRule,
+        inv_freq: Tensor,
+        context_group: dist.ProcessGroup | None = None,
+        uses_flex: bool = False,
+    ) -> None:
         self.rule = rule
+        self.uses_flex = uses_flex
         self.inv_freq = inv_freq
         self.context_group = context_group
         self.cache: KVCache | None = None
@@ -167,13 +176,19 @@ class AttentionContext:
         return plan
 
     def _make_plan(self, stacked: Tensor) -> AttentionPlan:
-        rule, query = self.rule, TokenAttributes.unstack(stacked)
-        key = TokenAttributes.unstack(gather_sequence(stacked, self._split_group))
-        cos, sin = cos_sin(self.inv_freq.to(stacked.device), query.position_ids.transpose(0, 1))
+        position_ids = TokenAttributes.unstack(stacked).position_ids
+        cos, sin = cos_sin(self.inv_freq.to(stacked.device), position_ids.transpose(0, 1))
+        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), None if self.cache is not None else self._mask(stacked))
 
-        is_short = self._split_group is None and query.position_ids.shape[1] <= DENSE_LENGTH
-        may_attend = dense(rule, query, key) if is_short and self.cache is None else None
-        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), may_attend, MaskChunks(rule, query, key))
+    def _mask(self, stacked: Tensor) -> Tensor | BlockMask | MaskChunks:
+        tokens = TokenAttributes.unstack(stacked)
+        if self._split_group is not None:
+            return MaskChunks(self.rule, tokens, TokenAttributes.unstack(gather_sequence(stacked, self._split_group)))
+        if self.uses_flex:
+            return block_mask(self.rule, tokens)
+        if stacked.shape[1] <= DENSE_LENGTH:
+            return dense(self.rule, tokens, tokens)
+        return MaskChunks(self.rule, tokens, tokens)
 
 
 class BlockDiffusionAttention(torch.nn.Module):
@@ -220,11 +235,12 @@ class BlockDiffusionAttention(torch.nn.Module):
         if self.context.cache is not None:
             return self._forward_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), self.context.cache)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if plan.may_attend is not None:
-            out = self._attend(query, key, value, plan.may_attend)
+        if isinstance(plan.mask, MaskChunks):
+            out = attend_in_chunks(query, key, value, plan.mask, self.softmax_scale, self.context.split_group)
+        elif isinstance(plan.mask, BlockMask):
+            out = attend_in_tiles(query, key, value, plan.mask, self.softmax_scale)
         else:
-            group = self.context.split_group
-            out = attend_in_chunks(query, key, value, plan.chunks, self.softmax_scale, group)
+            out = self._attend(query, key, value, plan.mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _forward_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
+from nemo_opdlm.megatron.flex import SMALLEST_HEAD
 from nemo_opdlm.megatron.offload import HostWeights
 from nemo_opdlm.megatron.optional import has_fused_weight_gradients, transformer_engine_spec
 from nemo_opdlm.megatron.parallel import ParallelContext
@@ -49,6 +50,7 @@ class ModelOptions:
         transformer_engine: build the layers from Transformer Engine's parts instead of Megatron's own.
         token_multiple: what every rank's tokens of a forward pass have to be a multiple of, for FP8.
         gradient_accumulation_fusion: use Apex's kernel for weight gradients, where it is installed.
+        attention: "sdpa", "flex", or "auto" = FlexAttention on a GPU, where heads are wide enough for it.
         transformer_config: further fields of Megatron's ``TransformerConfig`` (recomputation, fusions ...).
     """
 
@@ -59,6 +61,7 @@ class ModelOptions:
     transformer_engine: bool = False
     token_multiple: int = 1
     gradient_accumulation_fusion: bool = False
+    attention: str = "auto"
     transformer_config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -252,9 +255,10 @@ def build_model(
     """
     config = transformer_config(arch, parallel, options)
     assert arch.kv_channels is not None
-    context = AttentionContext(
-        rule, inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling), parallel.groups.cp
-    )
+    inv_freq = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
+    suits_flex = parallel.device.type == "cuda" and arch.kv_channels >= SMALLEST_HEAD
+    uses_flex = options.attention == "flex" or (options.attention == "auto" and suits_flex)
+    context = AttentionContext(rule, inv_freq, parallel.groups.cp, uses_flex)
     chunks = [_build_chunk(arch, parallel, context, config, options, stage) for stage in range(parallel.virtual_size)]
     return StagedGPT(chunks, arch, context, options, parallel).to(parallel.device)
 

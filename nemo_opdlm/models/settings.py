@@ -62,6 +62,7 @@ def model_options(config: ModelConfig, precision: str) -> ModelOptions:
         transformer_engine=config.transformer_engine,
         token_multiple=token_multiple(config),
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        attention=config.opdlm.attention,
         transformer_config={**_recomputation(config), **_fp8(config), **config.mcore_customization_config},
     )
 

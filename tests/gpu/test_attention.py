@@ -1,17 +1,16 @@
 """On a GPU, compiled FlexAttention and attention in chunks give what one attention with a dense mask gives."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch._dynamo.utils import counters
 
 from nemo_opdlm.diffusion.layout import BlockLayout
-from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense, mask_mod
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.megatron import chunked_attention
 from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks
+from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask
 
 HEADS, GROUPS, DIM = 4, 2, 64
 RULE = AttentionRule.BLOCK_DIFFUSION
@@ -55,21 +54,37 @@ def assert_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype
         assert error < TOLERANCE[dtype], (name, error)
 
 
-@functools.cache
-def compiled() -> object:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 @dtypes
 @lengths
 @block_sizes
-def test_flex_attention_equals_attention_with_a_dense_mask(length: int, block_size: int, dtype: torch.dtype) -> None:
+def test_compiled_tiles_equal_attention_with_a_dense_mask(length: int, block_size: int, dtype: torch.dtype) -> None:
     tokens = attributes(length, block_size)
     *inputs, grad = random_inputs(length, dtype)
-    block_mask = create_block_mask(mask_mod(RULE, tokens, tokens), 2, None, length, length, device="cuda")
-    out = compiled()(*inputs, block_mask=block_mask, enable_gqa=True)  # type: ignore[operator]
+    out = attend_in_tiles(*inputs, block_mask(RULE, tokens), None)
     expected = by_dense_mask(tuple(inputs), grad, dense(RULE, tokens, tokens))  # type: ignore[arg-type]
     assert_close(results(out, tuple(inputs), grad), expected, dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", list(AttentionRule))
+def test_packed_documents_of_other_lengths_find_their_kernel_compiled(rule: AttentionRule) -> None:
+    """And equal a dense mask: five documents of a few tokens more or less together, always in one bucket."""
+    compiled_before = None
+    for seed in range(4):
+        lens = [torch.tensor(x, device="cuda") for x in ([20 + seed, 9, 30, 4, 13], [40, 31, 22, 57, 28], [1] * 5)]
+        rows = BlockLayout(*lens, 4).attributes()
+        is_token = (rows.document_ids >= 0) & ((rows.stream_ids == 0) | (rule is AttentionRule.BLOCK_DIFFUSION))
+        tokens = rows.map(lambda x, kept=is_token: x[kept][None])  # type: ignore[misc]
+        length = tokens.position_ids.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(1, heads, length, DIM) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+        *inputs, grad = (torch.randn(shape, generator=generator).to("cuda") for shape in shapes)
+        leaves = tuple(x.requires_grad_() for x in inputs)
+        found = results(attend_in_tiles(*leaves, block_mask(rule, tokens), None), leaves, grad)  # type: ignore[arg-type]
+        expected = by_dense_mask(leaves, grad, dense(rule, tokens, tokens))  # type: ignore[arg-type]
+        assert_close(found, expected, torch.float32)
+        num_compiled = counters["stats"]["unique_graphs"]
+        assert compiled_before in (None, num_compiled)
+        compiled_before = num_compiled
 
 
 @dtypes

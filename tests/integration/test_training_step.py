@@ -32,6 +32,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "block_size_1": ("model.opdlm.block_size=1",),
     "two_denoising_steps": ("model.opdlm.rollout.denoising_steps=2", "model.opdlm.rollout.remasking=random"),
     "two_responses": ("model.opdlm.rollout.num_prompts_per_step=4", "model.opdlm.rollout.num_responses_per_prompt=2"),
+    "packed": ("model.opdlm.pack_to_tokens=64", "model.opdlm.states_per_rollout=2"),
     "bf16": ("trainer.precision=bf16",),
     "bf16-mixed": ("trainer.precision=bf16-mixed",),
     "megatron_amp_O2": ("trainer.precision=bf16-mixed", "model.megatron_amp_O2=true"),

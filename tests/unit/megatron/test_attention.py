@@ -111,9 +111,9 @@ def test_layers_share_one_plan_per_batch_and_never_an_older_one() -> None:
 def test_a_plan_made_under_another_rule_is_not_used() -> None:
     context = AttentionContext(AttentionRule.CAUSAL, INV_FREQ)
     stacked = clean(torch.arange(6)[None], torch.zeros(1, 6, dtype=torch.int64)).stack()
-    causal = context.plan(stacked).may_attend
+    causal = context.plan(stacked).mask
     with context.use_cache(KVCache(1, 8), AttentionRule.BLOCK_DIFFUSION):
-        assert context.plan(stacked).may_attend is None
-    assert torch.equal(context.plan(stacked).may_attend, causal)
+        assert context.plan(stacked).mask is None
+    assert torch.equal(context.plan(stacked).mask, causal)
     context.rule = AttentionRule.BLOCK_DIFFUSION
-    assert not torch.equal(context.plan(stacked).may_attend, causal)
+    assert not torch.equal(context.plan(stacked).mask, causal)

@@ -18,6 +18,7 @@ from nemo_opdlm.testing import tiny
 from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, random_trajectory
 
 HEADS, GROUPS, DIM = 4, 2, 8
+RULE = AttentionRule.BLOCK_DIFFUSION
 
 
 def random_rows(block_size: int) -> tuple[Tensor, list[Tensor]]:
@@ -45,12 +46,10 @@ def test_chunks_give_the_values_and_gradients_of_the_whole(
     block_size: int, queries_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacked, inputs = random_rows(block_size)
-    context = AttentionContext(AttentionRule.BLOCK_DIFFUSION, torch.ones(DIM // 2))
-    plan = context.plan(stacked)
+    attributes = TokenAttributes.unstack(stacked)
     monkeypatch.setattr(chunked_attention, "CPU_QUERIES", queries_at_a_time)
-    out = attend_in_chunks(*inputs, plan.chunks, None, None)
-    assert plan.may_attend is not None
-    expected = F.scaled_dot_product_attention(*inputs, attn_mask=plan.may_attend, enable_gqa=True)
+    out = attend_in_chunks(*inputs, MaskChunks(RULE, attributes, attributes), None, None)
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=dense(RULE, attributes, attributes), enable_gqa=True)
     torch.testing.assert_close(out, expected)
     for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -63,7 +62,7 @@ def test_long_rows_are_attended_in_chunks_by_themselves(monkeypatch: pytest.Monk
     outs = []
     for longest in (attention.DENSE_LENGTH, 1):
         monkeypatch.setattr(attention, "DENSE_LENGTH", longest)
-        context = AttentionContext(AttentionRule.BLOCK_DIFFUSION, torch.ones(DIM // 2))
+        context = AttentionContext(RULE, torch.ones(DIM // 2))
         module = BlockDiffusionAttention(
             context,
             config=transformer_config(tiny.architecture(), initialize(), ModelOptions()),
@@ -72,7 +71,7 @@ def test_long_rows_are_attended_in_chunks_by_themselves(monkeypatch: pytest.Monk
             attention_type="self",
         )
         outs.append(module(*rows_first, stacked))
-        assert (context.plan(stacked).may_attend is None) == (longest == 1)
+        assert isinstance(context.plan(stacked).mask, MaskChunks) == (longest == 1)
     torch.testing.assert_close(*outs)
 
 
