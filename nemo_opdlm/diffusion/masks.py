@@ -106,6 +106,17 @@ def dense(rule: AttentionRule, query: TokenAttributes, key: TokenAttributes) -> 
     return _may_attend(_PREDICATES[rule], q, k)
 
 
+def may_be_seen(query: TokenAttributes, key: TokenAttributes) -> Tensor:
+    """Keys bool ``[B, Nk]`` that any of the queries ``[B, Nq]`` could see by any rule: a bound on `dense`, at no cost per pair.
+
+    Nobody sees another document, later blocks, or state tokens of other blocks.
+    """
+    documents, blocks = query.document_ids, query.block_ids
+    is_near = (key.document_ids >= documents.amin(1, True)) & (key.document_ids <= documents.amax(1, True))
+    is_past = key.block_ids <= blocks.amax(1, True)
+    return is_near & is_past & ((key.stream_ids == CLEAN_STREAM) | (key.block_ids >= blocks.amin(1, True)))
+
+
 def mask_mod(rule: AttentionRule, query: TokenAttributes, key: TokenAttributes) -> MaskMod:
     """The same mask as a function ``(batch, head, query index, key index) -> bool`` for FlexAttention."""
     # The function closes over the predicates, not over the rule: torch.compile does not guard enum members in closures

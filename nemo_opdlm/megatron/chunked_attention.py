@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense, may_be_seen
 
 #: Queries of a chunk on a CPU: fewer see fewer keys, more make better use of a kernel.
 CPU_QUERIES = 64
@@ -81,16 +81,10 @@ class MaskChunks:
         query = self._query.map(lambda x: x[:, start:stop])
         if self._key.position_ids.device.type != "cpu":
             return Chunk(start, stop, None, dense(self._rule, query, self._key))
-        near = self._keys_of_documents_in(query)
+        near = may_be_seen(query, self._key).any(0).nonzero()[:, 0]
         may_attend = dense(self._rule, query, self._key.map(lambda x: x[:, near]))
         is_seen = may_attend.any(dim=2).any(dim=0)[0]
         return Chunk(start, stop, near[is_seen], may_attend[..., is_seen])
-
-    def _keys_of_documents_in(self, query: TokenAttributes) -> Tensor:
-        """Numbers of the keys whose document lies between the first and the last of the queries' documents."""
-        first, last = query.document_ids.amin(1, keepdim=True), query.document_ids.amax(1, keepdim=True)
-        documents = self._key.document_ids
-        return ((documents >= first) & (documents <= last)).any(0).nonzero()[:, 0]
 
 
 def attend_in_chunks(

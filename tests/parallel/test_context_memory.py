@@ -11,7 +11,7 @@ LENGTH = 16_380
 
 @pytest.mark.timeout(700)
 def test_two_ranks_hold_half_the_activations_of_a_long_row(two_ranks: Ranks) -> None:
-    """Measured: 981 MB on one rank, 491 MB (0.50 x) on each of two; 37 s and 20 s on one thread per rank."""
+    """Measured: 1,018 MB on one rank, 528 MB (0.52 x) on each of two; 27 s on one rank of one thread."""
     torch.set_num_threads(1)
     whole, loss, _ = update(LENGTH, context_size=1)
     for peak, shared_loss, _ in two_ranks.run(update, LENGTH, 2):

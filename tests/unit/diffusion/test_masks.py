@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.layout import BlockLayout
-from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, causal, dense, mask_mod
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, causal, dense, mask_mod, may_be_seen
 from nemo_opdlm.testing.oracles import oracle_may_attend, oracle_row
 
 RULES = list(AttentionRule)
@@ -51,6 +51,21 @@ def test_causal_rule_is_lower_triangular_on_the_clean_stream() -> None:
     attributes = attributes_of((5, 7, 4, 0))
     actual = dense(AttentionRule.CAUSAL, attributes, attributes)[0, 0]
     assert torch.equal(actual, torch.ones_like(actual).tril())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_queries", [1, 5, 16])
+def test_no_query_sees_a_key_beyond_the_bound(rule: AttentionRule, num_queries: int) -> None:
+    rows = mixed_batch()
+    packed = rows.map(lambda x: x[rows.document_ids >= 0][None])
+    for key in (rows, packed):
+        is_tight = False
+        for start in range(0, key.block_ids.shape[1], num_queries):
+            query = key.map(lambda x, start=start: x[:, start : start + num_queries])  # type: ignore[misc]
+            bound, seen = may_be_seen(query, key), dense(rule, query, key).any(2)[:, 0]
+            assert not (seen & ~bound).any()
+            is_tight |= bool((~bound).any())
+        assert is_tight
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nemo_opdlm.diffusion.layout import clean_rows, packed_clean_rows, two_stream_rows
-from nemo_opdlm.diffusion.masks import PADDING_DOCUMENT, AttentionRule, TokenAttributes, dense, mask_mod
+from nemo_opdlm.diffusion.masks import PADDING_DOCUMENT, AttentionRule, TokenAttributes
 from nemo_opdlm.diffusion.state_selection import random_mask
 from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
@@ -97,14 +97,6 @@ def test_the_block_mask_is_the_one_that_torch_makes_of_the_function(
     ):
         assert torch.equal(ours, theirs)  # type: ignore[arg-type]
     assert bool(found.full_kv_num_blocks.any()) and bool(found.kv_num_blocks.any())  # type: ignore[union-attr]
-
-
-@rules
-def test_the_function_and_the_dense_mask_are_one_definition(rule: AttentionRule) -> None:
-    attributes = tokens(rule, is_packed=True)
-    function, whole = mask_mod(rule, attributes, attributes), dense(rule, attributes, attributes)
-    place = torch.arange(whole.shape[-1])
-    assert torch.equal(function(torch.tensor(0), torch.tensor(0), place[:, None], place[None]), whole[0, 0])
 
 
 def test_rows_are_padded_to_few_lengths_by_little() -> None:
