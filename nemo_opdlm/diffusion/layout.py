@@ -134,9 +134,7 @@ class TwoStreamRows:
         """Rows, columns, documents, copies and absolute positions of the supervised tokens."""
         row, column = self.loss_mask.nonzero(as_tuple=True)
         documents, positions = self.attributes.document_ids, self.attributes.position_ids
-        return SupervisedIndex(
-            row, column, documents[row, column], self.copy_ids[row, column], positions[row, column]
-        )
+        return SupervisedIndex(row, column, documents[row, column], self.copy_ids[row, column], positions[row, column])
 
 
 def row_layout(trajectory: Trajectory, states: DenoisingState) -> BlockLayout:

@@ -178,7 +178,9 @@ class AttentionContext:
     def _make_plan(self, stacked: Tensor) -> AttentionPlan:
         position_ids = TokenAttributes.unstack(stacked).position_ids
         cos, sin = cos_sin(self.inv_freq.to(stacked.device), position_ids.transpose(0, 1))
-        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), None if self.cache is not None else self._mask(stacked))
+        return AttentionPlan(
+            cos.unsqueeze(2), sin.unsqueeze(2), None if self.cache is not None else self._mask(stacked)
+        )
 
     def _mask(self, stacked: Tensor) -> Tensor | BlockMask | MaskChunks:
         tokens = TokenAttributes.unstack(stacked)

@@ -118,7 +118,9 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.chunks, ctx.scale, ctx.group = chunks, scale, group
         keys, values = _gather_both(key, value, group)
         parts = [
-            _attend(query[:, :, chunk.start : chunk.stop], chunk.pick(keys), chunk.pick(values), chunk.may_attend, scale)
+            _attend(
+                query[:, :, chunk.start : chunk.stop], chunk.pick(keys), chunk.pick(values), chunk.may_attend, scale
+            )
             for chunk in chunks
         ]
         return torch.cat(parts, 2)

@@ -132,7 +132,9 @@ class Teacher:
         On the last pipeline stage; the others get no rows.
         """
         device = self.network.parallel.device
-        nothing = torch.empty(0, self.network.config.hidden_size, dtype=self.network.config.pipeline_dtype, device=device)
+        nothing = torch.empty(
+            0, self.network.config.hidden_size, dtype=self.network.config.pipeline_dtype, device=device
+        )
         mine = trajectory.index(torch.arange(len(trajectory), device=device)[rollouts])
         if len(mine) == 0:
             return nothing

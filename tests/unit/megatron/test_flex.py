@@ -40,7 +40,8 @@ def inputs(attributes: TokenAttributes) -> list[Tensor]:
     batch, length = attributes.position_ids.shape
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(length, batch, heads, DIM, generator=generator, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
+        torch.randn(length, batch, heads, DIM, generator=generator, requires_grad=True)
+        for heads in (HEADS, GROUPS, GROUPS)
     ]
 
 
