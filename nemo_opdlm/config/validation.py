@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_opdlm.config.architecture import Architecture
 from nemo_opdlm.config.layout import check_layout, settle_ranks, validate_layout
-from nemo_opdlm.config.precision import check_fp8_sizes, check_precision
+from nemo_opdlm.config.precision import check_fp8_sizes, check_precision, find_machine
 from nemo_opdlm.config.reader import to_container
 from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, OWN_KEYS, RANGES
 from nemo_opdlm.config.schema import Config
@@ -126,7 +126,7 @@ def _method(config: Config) -> None:
             f"model.opdlm.states_per_rollout={opdlm.states_per_rollout} contradicts state_selection='all_states', "
             "which takes every state; set states_per_rollout=1"
         )
-    if opdlm.attention == "flex" and _runs_on_cpu(config):
+    if opdlm.attention == "flex" and find_machine(config.trainer.accelerator).capability is None:
         raise ValueError(
             "model.opdlm.attention='flex' needs a GPU: FlexAttention has no backward pass on a CPU; use 'auto' or 'sdpa'"
         )
