@@ -23,11 +23,21 @@ from nemo_opdlm.models.archive_format import (
     ArchiveError,
     check_class,
     check_output,
+    check_target,
     existing,
     make_scratch,
+    read_archive_config,
     write_nemo,
 )
-from nemo_opdlm.models.foreign import BLOCK_SIZE, Choices, archive_config, open_checkpoint, open_foreign
+from nemo_opdlm.models.foreign import (
+    BLOCK_SIZE,
+    Choices,
+    Kind,
+    archive_config,
+    open_checkpoint,
+    open_foreign,
+    recognise,
+)
 from nemo_opdlm.models.precision import PRECISIONS
 
 #: Keys of every tensor in an archive start with it.
@@ -126,6 +136,24 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
         return Architecture(**known)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ArchiveError(f"{source}: model_config.yaml describes no network: {error}") from error
+
+
+def checkpoint_architecture(path: str | Path, tokenizer: str | None = None) -> Architecture:
+    """The network that a checkpoint of any kind holds, without its weights.
+
+    Args:
+        path: file or folder; only an archive of NeMo 1.x is extracted for it.
+        tokenizer: folder of the tokenizer, for checkpoints of other kinds that hold none.
+
+    Raises:
+        ValueError, OSError: as `open_checkpoint`.
+    """
+    if recognise(existing(path)) is Kind.OURS:
+        settings = read_archive_config(path)
+        check_target(path, settings)
+        return archive_architecture(Path(path), settings)
+    with open_checkpoint(path, tokenizer) as archive:
+        return archive_architecture(archive, archive.config)
 
 
 @contextmanager

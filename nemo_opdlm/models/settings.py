@@ -82,6 +82,11 @@ def teacher_options(config: ModelConfig, student: ModelOptions) -> ModelOptions:
     return replace(options, params_dtype=PRECISIONS[precision], autocast_dtype=None)
 
 
+def teacher_rows(config: ModelConfig) -> int:
+    """Rows of one causal pass of the teacher: without gradients there is room for more than the student's."""
+    return max(config.micro_batch_size, 8)
+
+
 def _recomputation(config: ModelConfig) -> dict[str, Any]:
     return {
         "recompute_granularity": config.activations_checkpoint_granularity,

@@ -41,7 +41,7 @@ from nemo_opdlm.models.conversion import archive_architecture, read_weights
 from nemo_opdlm.models.foreign import Kind, recognise
 from nemo_opdlm.models.method import Method, SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
-from nemo_opdlm.models.settings import teacher_options, token_multiple
+from nemo_opdlm.models.settings import teacher_options, teacher_rows, token_multiple
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def _model_config(inputs: Inputs) -> DictConfig:
 def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
     arch = archive_architecture(archive, archive.config)
-    rows, options = max(config.model.micro_batch_size, 8), teacher_options(config.model, model.options)
-    teacher = Teacher(arch, model.parallel, options, rows, config.model.opdlm.pack_to_tokens)
+    options = teacher_options(config.model, model.options)
+    teacher = Teacher(arch, model.parallel, options, teacher_rows(config.model), config.model.opdlm.pack_to_tokens)
     read_weights(teacher.network, archive)
     if config.model.opdlm.teacher.offload:
         teacher.network.offload()
