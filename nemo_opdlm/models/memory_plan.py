@@ -243,13 +243,16 @@ class _Planner:
         multiple = options.token_multiple * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
         if model.context_parallel_size > 1:
             multiple *= 2 * model.context_parallel_size
-        length = -(-self._row.two_stream // multiple) * multiple
-        return Tokens(model.micro_batch_size, length, model.context_parallel_size)
+        pack = model.opdlm.pack_to_tokens
+        length = -(-(pack or self._row.two_stream) // multiple) * multiple
+        return Tokens(1 if pack else model.micro_batch_size, length, model.context_parallel_size)
 
     @property
     def _supervised(self) -> int:
         """Tokens of a micro-batch that this rank's head sees."""
         row, length, ranks = self._row, self._micro_batch.length, self._model.context_parallel_size
+        if self._model.opdlm.pack_to_tokens is not None:
+            return length // ranks * row.copies * row.response // row.two_stream
         if ranks == 1:
             return self._model.micro_batch_size * row.copies * row.response
         # Of 2 x ranks equal pieces a rank holds one from the front and one from the back; the states end the row.

@@ -46,7 +46,7 @@ MODES: dict[str, tuple[str, ...]] = {
 #: Modes that train other states than those the student visited.
 UNVISITED = {"random_mask", "off_policy", "sft"}
 #: Modes in which rounding decides how far the two forwards lie apart.
-ROUNDED = {"bf16", "bf16-mixed"}
+ROUNDED = {"bf16", "bf16-mixed", "megatron_amp_O2", "exact_teacher"}
 ALWAYS = {
     "global_step",
     "rollout_step",
