@@ -136,6 +136,14 @@ def _method(config: Config) -> None:
 
 def _rollout(config: Config) -> None:
     opdlm, rollout = config.model.opdlm, config.model.opdlm.rollout
+    if rollout.cuda_graphs is True:
+        if config.model.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                "model.opdlm.rollout.cuda_graphs=True contradicts model.pipeline_model_parallel_size="
+                f"{config.model.pipeline_model_parallel_size}: graphs hold a whole network; use 'auto' or False"
+            )
+        if find_machine(config.trainer.accelerator).capability is None:
+            raise ValueError("model.opdlm.rollout.cuda_graphs=True needs a GPU; use 'auto' or False")
     if not 1 <= opdlm.denoising_steps <= opdlm.block_size:
         raise ValueError(
             f"model.opdlm.rollout.denoising_steps={rollout.denoising_steps} must be from 1 to "

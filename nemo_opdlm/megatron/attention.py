@@ -6,7 +6,7 @@ every recomputation and every pipeline stage untouched, so that argument carries
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,11 @@ class CachedQuery:
     may_attend: Tensor
     heads: int
     is_full: bool
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "CachedQuery":
+        """The query with all its tensors replaced."""
+        tensors = (self.slots, self.token_row, self.token_column, self.position_ids, self.may_attend)
+        return CachedQuery(*(function(tensor) for tensor in tensors), self.heads, self.is_full)
 
 
 class KVCache:

@@ -1,5 +1,6 @@
 """A Denoiser over the Megatron network with a KV cache, in place and without a copy, in parts that a pipeline can interleave."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,28 @@ class Forward:
     asked: Tensor
     is_asked: Tensor | None
     uniform: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Forward":
+        """The forward with all its tensors replaced."""
+        return Forward(
+            function(self.token_ids),
+            self.attributes.map(function),
+            self.cached.map(function),
+            function(self.asked),
+            None if self.is_asked is None else function(self.is_asked),
+            None if self.uniform is None else function(self.uniform),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors, always in one order."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
 
 
 class MegatronDenoiser:
@@ -76,15 +99,15 @@ class MegatronDenoiser:
 
     def propose(self, query: Query) -> Proposal:
         """Proposals ``[A, b]`` for the last b columns of the query ``[A, Q]``; writes the keys of all its tokens."""
-        forward = self.prepare(query)
-        return self.read(forward, self.forward(forward))
+        return self.answer(self.prepare(query))
 
     def prepare(self, query: Query) -> Forward:
         """What every stage of the pipeline has to know of the forward that answers a query."""
         if query.uniform is None:
             return self._pack(query, torch.empty(0, dtype=torch.int64, device=query.token_ids.device), None)
         if self.fixed_shapes:
-            return self._pack(query, self._packed_columns(query, torch.arange(-self.block_size, 0)), None)
+            columns = torch.arange(-self.block_size, 0, device=query.slots.device)
+            return self._pack(query, self._packed_columns(query, columns), None)
         is_asked = query.token_ids[:, -self.block_size :] == self.mask_token_id
         asked = torch.zeros_like(query.position_ids, dtype=torch.bool)
         asked[:, -self.block_size :] = is_asked
@@ -124,6 +147,10 @@ class MegatronDenoiser:
         confidence[forward.is_asked], entropy[forward.is_asked] = at_masks.confidence, at_masks.entropy
         return Proposal(token_ids, confidence, entropy)
 
+    def answer(self, forward: Forward) -> Proposal:
+        """Run a forward through a network that is whole on this rank, and read its proposals."""
+        return self.read(forward, self.forward(forward))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[T, V_local]`` of the rows asked for; the one place where a rollout's logits exist."""
         return self.head.logits(hidden)
@@ -138,19 +165,19 @@ class MegatronDenoiser:
         """Numbers among the packed tokens of some columns ``[C]`` or ``[A, C]`` of a query without gaps."""
         num_rows, width = query.valid.shape
         rows = torch.arange(num_rows, device=query.slots.device)[:, None]
-        return (rows * width + columns.to(rows.device) % width).flatten()
+        return (rows * width + columns % width).flatten()
 
     def _pack(self, query: Query, asked: Tensor, is_asked: Tensor | None) -> Forward:
         """Pack the valid tokens of a query; ``asked`` and ``is_asked`` are those of `Forward`."""
         # Tokens that are to leave no trace stand behind all others: what they see is finite, and nobody sees them.
         position_ids = torch.where(query.position_ids < 0, self.cache.length, query.position_ids)
         query = query._replace(position_ids=position_ids)
-        row, column = torch.stack(query.valid.nonzero(as_tuple=True)).to(position_ids.device)
+        is_full = bool(query.valid.all())
+        row, column = _rows_and_columns(query.valid, is_full, position_ids.device)
         packed_positions = position_ids[row, column]
         # A prompt has queries enough of its own, and its mask is large.
         heads = self._heads_per_group if query.uniform is not None else 1
         may_attend = self._may_attend(query).repeat(1, 1, heads, 1)
-        is_full = row.numel() == query.valid.numel()
         cached = CachedQuery(query.slots, row, column, packed_positions, may_attend, heads, is_full)
         # What fills up the packed tokens reaches no cache.
         filler = (0, -row.numel() % self.model.token_multiple)
@@ -186,6 +213,15 @@ class MegatronDenoiser:
         return int(config.num_attention_heads // (config.num_query_groups or config.num_attention_heads))
 
 
+def _rows_and_columns(valid: Tensor, is_full: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of the tokens of a query, row by row; a full one sends nothing to the device."""
+    if not is_full:
+        row, column = torch.stack(valid.nonzero(as_tuple=True)).to(device)
+        return row, column
+    places = torch.arange(valid.numel(), device=device)
+    return places // valid.shape[1], places % valid.shape[1]
+
+
 class CausalDenoiser(MegatronDenoiser):
     """Plain autoregressive decoding through the same sampler: blocks of one token, judged by the token before it.
 
@@ -199,4 +235,5 @@ class CausalDenoiser(MegatronDenoiser):
         assert query.token_ids.shape[1] == 2, "autoregressive decoding needs a prompt token to start from"
         pending = {name: getattr(query, name)[:, :1] for name in ("token_ids", "position_ids", "valid")}
         pending_query = query._replace(**pending)
-        return self._pack(pending_query, self._packed_columns(pending_query, torch.arange(1)), None)
+        first = torch.zeros(1, dtype=torch.int64, device=query.slots.device)
+        return self._pack(pending_query, self._packed_columns(pending_query, first), None)

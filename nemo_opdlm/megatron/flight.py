@@ -17,6 +17,7 @@ from nemo_opdlm.diffusion.proposal import Proposal
 from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.denoiser import Forward, MegatronDenoiser
+from nemo_opdlm.megatron.graphs import ForwardGraphs
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.student import StagedGPT
 
@@ -30,6 +31,7 @@ class Flight:
         denoiser: network and cache that answer it.
         forward: the forward that is under way.
         proposal: its answer, on the last stage.
+        graphs: answers its forwards, on one stage alone; None: they are run.
         trajectory: the record, once it has landed.
         under_way: messages of this stage that may not have left yet, with the tensors they carry.
     """
@@ -38,6 +40,7 @@ class Flight:
     denoiser: MegatronDenoiser
     forward: Forward | None = None
     proposal: Proposal | None = None
+    graphs: ForwardGraphs | None = None
     trajectory: Trajectory | None = None
     under_way: list[tuple[dist.Work | None, Tensor]] = field(default_factory=list)
 
@@ -94,6 +97,10 @@ class _Pipeline:
         """Run a batch's forward through one chunk of this rank; the pipeline's last one makes the proposals."""
         forward, attention = flight.forward, self.model.attention
         assert forward is not None
+        if flight.graphs is not None and forward.uniform is not None:
+            with attention.use_cache(flight.denoiser.cache, attention.rule):
+                flight.proposal = flight.graphs(forward)
+            return
         is_first = self.parallel.is_first_stage and number == 0
         is_last = self.parallel.is_last_stage and number == len(self.model) - 1
         hidden = None if is_first else self._receive(forward)

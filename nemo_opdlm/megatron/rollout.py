@@ -17,6 +17,7 @@ from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.cpu import without_redirect
 from nemo_opdlm.megatron.denoiser import CausalDenoiser, MegatronDenoiser
 from nemo_opdlm.megatron.flight import Flight, fly
+from nemo_opdlm.megatron.graphs import ForwardGraphs
 from nemo_opdlm.megatron.speculative import SpeculativeDenoiser
 from nemo_opdlm.megatron.student import StagedGPT, autocast
 
@@ -36,6 +37,7 @@ class RolloutEngine:
         max_batch_tokens: tokens that the cache may hold, all rows together; None = as many as the rows need.
         runs_ahead: never wait for the forward that was just launched (`decode`'s ``late_reads``), at the price of some
             tokens computed in vain; None = on a GPU.
+        cuda_graphs: answer forwards from CUDA graphs where the network is whole on one GPU.
     """
 
     model: StagedGPT
@@ -44,6 +46,7 @@ class RolloutEngine:
     max_batch_size: int
     max_batch_tokens: int | None = None
     runs_ahead: bool | None = None
+    cuda_graphs: bool = True
 
     def generate(
         self,
@@ -155,12 +158,7 @@ class RolloutEngine:
         num_rows = prompt_len.numel()
         num_slots, batches = self.max_batch_size, min(self.model.parallel.pp_size, num_rows)
         if self.max_batch_tokens is not None:
-            num_slots = min(num_slots, self.max_batch_tokens // (batches * longest))
-            if num_slots == 0:
-                raise ValueError(
-                    f"model.opdlm.rollout.max_batch_tokens={self.max_batch_tokens} cannot hold {batches} rows of {longest} "
-                    f"tokens, prompt and response: at least {batches * longest} are needed"
-                )
+            num_slots = min(num_slots, slots_that_fit(self.max_batch_tokens, batches, longest))
         rows = torch.arange(num_rows, device=prompt_len.device)
         # Dealt, not cut: rows come sorted by length, and batches in flight together should take the same time.
         return [(rows[number::batches], num_slots) for number in range(batches)]
@@ -188,7 +186,32 @@ class RolloutEngine:
             self.forbidden,
             fixed_shapes=runs_ahead,
         )
-        return Flight(sampler(*requests, settings, on_progress, num_slots, runs_ahead), denoiser)
+        has_graphs = self.cuda_graphs and prompt_ids.is_cuda and runs_ahead and self.model.parallel.pp_size == 1
+        return Flight(
+            sampler(*requests, settings, on_progress, num_slots, runs_ahead),
+            denoiser,
+            graphs=ForwardGraphs(denoiser.answer) if has_graphs else None,
+        )
+
+
+def slots_that_fit(max_batch_tokens: int, num_batches: int, longest: int) -> int:
+    """Slots that each of several caches may have.
+
+    Args:
+        max_batch_tokens: tokens of all caches together.
+        num_batches: caches, one for each batch in flight.
+        longest: tokens of a slot.
+
+    Raises:
+        ValueError: not even one.
+    """
+    num_slots = max_batch_tokens // (num_batches * longest)
+    if num_slots == 0:
+        raise ValueError(
+            f"model.opdlm.rollout.max_batch_tokens={max_batch_tokens} cannot hold {num_batches} rows of {longest} "
+            f"tokens, prompt and response: at least {num_batches * longest} are needed"
+        )
+    return num_slots
 
 
 def _report_of_all(

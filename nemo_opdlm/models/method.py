@@ -159,6 +159,11 @@ class Method:
         caps = [(rollout.domain_caps or {}).get(domain or "", self.context_len) for domain in domains]
         return torch.minimum(limits, torch.tensor(caps, device=limits.device))
 
+    def longest_rollout(self, prompt_len: Tensor, domains: list[str | None]) -> int:
+        """Tokens of the longest prompt and response of the whole run, in whole blocks."""
+        longest = int((prompt_len + self.response_limits(self.num_rollout_steps, prompt_len, domains)).max())
+        return -(-longest // self.config.block_size) * self.config.block_size
+
     def longest_row(self, prompt_len: Tensor, domains: list[str | None]) -> int:
         """Tokens of the longest row that these prompts can give in the whole run; schedules of lengths never fall."""
         limits = self.response_limits(self.num_rollout_steps, prompt_len, domains)
@@ -177,4 +182,5 @@ class Method:
             self.tokens.forbidden.to(device),
             max_batch_size,
             rollout.max_batch_tokens,
+            cuda_graphs=rollout.cuda_graphs is not False,
         )

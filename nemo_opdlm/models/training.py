@@ -26,6 +26,7 @@ from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
 from nemo_opdlm.megatron.failure import shared_failures
 from nemo_opdlm.megatron.forward import parts_of_a_row
+from nemo_opdlm.megatron.rollout import slots_that_fit
 from nemo_opdlm.megatron.step import pack_capacity
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import opened_once, restore_opened
@@ -137,19 +138,24 @@ def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
     assert opdlm.mask_token_id is not None
     tokens = SpecialTokens.read(tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin)
     train_prompts = _prompts(data.train_ds, tokenizer, tokens)
-    if opdlm.pack_to_tokens is not None and train_prompts is not None:
-        _check_packing(config, opdlm.pack_to_tokens, tokens, train_prompts)
+    if train_prompts is not None:
+        _check_lengths(config, tokens, train_prompts)
     return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
 
 
-def _check_packing(config: Config, pack_to_tokens: int, tokens: SpecialTokens, prompts: PromptDataset) -> None:
-    """Before the first rollout: the length curriculum may reach the longest rows only after days."""
+def _check_lengths(config: Config, tokens: SpecialTokens, prompts: PromptDataset) -> None:
+    """Whether the longest rows fit; before the first rollout, as the length curriculum may reach them only after days."""
     model, max_steps = config.model, config.trainer.max_steps
+    pack_to_tokens, max_batch_tokens = model.opdlm.pack_to_tokens, model.opdlm.rollout.max_batch_tokens
     assert model.max_position_embeddings is not None and max_steps is not None
     method = Method.of(model, tokens, model.max_position_embeddings, max_steps)
-    tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
-    pack_capacity(pack_to_tokens, method.longest_row(prompts.prompt_len, list(prompts.domains)), multiple_of)
+    lengths = prompts.prompt_len, list(prompts.domains)
+    if max_batch_tokens is not None:
+        slots_that_fit(max_batch_tokens, model.pipeline_model_parallel_size, method.longest_rollout(*lengths))
+    if pack_to_tokens is not None:
+        tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
+        multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
+        pack_capacity(pack_to_tokens, method.longest_row(*lengths), multiple_of)
 
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nemo_opdlm.megatron.forward import forward_backward
 from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer, wrap
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
+from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.step import distillation_loss, micro_batches, total
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
@@ -100,6 +102,24 @@ def roll_out(network: StagedGPT, block_size: int, temperature: float, step: int 
         trajectory = rollout(denoiser, *prompts(step, network.parallel.device), settings(block_size, step))
     network.train()
     return trajectory, denoiser.seen
+
+
+def respond(
+    network: StagedGPT, *, runs_ahead: bool, cuda_graphs: bool = False, new_tokens: int = 32
+) -> Trajectory:
+    """The rollout engine's answers to prompts of one length, none of which ends before ``new_tokens``."""
+    device = network.parallel.device
+    engine = RolloutEngine(
+        network,
+        SamplingParams(),
+        forbidden_tokens().to(device),
+        NUM_ROWS,
+        runs_ahead=runs_ahead,
+        cuda_graphs=cuda_graphs,
+    )
+    prompt_ids, _, _, samples = prompts(1, device)
+    lengths, limits = (torch.full((NUM_ROWS,), length, device=device) for length in (4, new_tokens))
+    return engine.generate(prompt_ids, lengths, limits, samples, replace(settings(4), end_token_ids=()))
 
 
 def student(parallel: ParallelContext, dtype: torch.dtype = torch.float32) -> StagedGPT:

@@ -1,5 +1,6 @@
 """Rollouts on a GPU are those of a CPU, token for token, but where two candidates lie within rounding of each other."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -74,3 +75,26 @@ def test_the_same_rollout_twice_is_the_same() -> None:
         torch.equal(torch.as_tensor(x), torch.as_tensor(second.state_dict()[key]))
         for key, x in first.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_running_ahead_and_graphs_change_nothing(parallel: ParallelContext, cuda_graphs: bool) -> None:
+    network = both_devices.student(parallel)
+    expected = both_devices.respond(network, runs_ahead=False)
+    found = both_devices.respond(network, runs_ahead=True, cuda_graphs=cuda_graphs)
+    for name in ("token_ids", "unmask_step", "response_len", "num_forwards"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_no_forward_waits_for_the_gpu(parallel: ParallelContext) -> None:
+    """A batch waits when it begins and ends, as often for long responses as for short ones."""
+    network, num_waits = both_devices.student(parallel), []
+    both_devices.respond(network, runs_ahead=True)
+    for new_tokens in (8, 64):
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            both_devices.respond(network, runs_ahead=True, new_tokens=new_tokens)
+            torch.cuda.set_sync_debug_mode("default")
+        num_waits.append(sum("synchroniz" in str(wait.message) for wait in waits))
+    assert num_waits[0] == num_waits[1]

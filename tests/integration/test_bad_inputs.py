@@ -194,6 +194,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model.opdlm.pack_to_tokens=27",),
         r"model\.opdlm\.pack_to_tokens=27 cannot hold a row of \d+ tokens .*; it must be at least \d+, or null$",
     ),
+    "cache-below-the-longest-rollout": (
+        ("model.opdlm.rollout.max_batch_tokens=7",),
+        r"model\.opdlm\.rollout\.max_batch_tokens=7 cannot hold 1 rows of \d+ tokens, .*: at least \d+ are needed$",
+    ),
     "rollout-size": (("model.opdlm.rollout.num_prompts_per_step=6",), r"must be a multiple of model\.global_batch_size=4"),
     "learning-rates": (("model.optim.sched.min_lr=1",), r"min_lr=1.* must be at most model\.optim\.lr"),
     "endless-warm-up": (("model.optim.sched.warmup_steps=2",), r"warmup_steps=2 must be below trainer\.max_steps=2"),

@@ -256,6 +256,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.opdlm.block_grid", "response", "not available"),
     ("model.opdlm.attention", "split", "not available"),
     ("model.opdlm.attention", "flex", "needs a GPU"),
+    ("model.opdlm.rollout.cuda_graphs", True, "needs a GPU"),
     ("model.transformer_engine", True, "needs Transformer Engine and a GPU: found no Transformer Engine and no GPU"),
     ("model.ub_tp_comm_overlap", True, "not available yet; use False: Transformer Engine's user buffers"),
     ("model.mcore_customization_config", {"fp8_param": True}, "model.fp8_params"),
