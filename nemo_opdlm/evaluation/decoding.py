@@ -44,7 +44,8 @@ def judge(teacher: Teacher, trajectory: Trajectory) -> DecodingReport:
     hidden = teacher.response_hidden(trajectory)
     own_tokens = TokenTarget(trajectory.token_ids[trajectory.is_response])
     spec = DivergenceSpec(DivergenceKind.nll)
-    losses = token_losses(teacher.head, hidden, lambda start, stop: own_tokens.index(slice(start, stop)), spec)
+    weights = torch.ones(hidden.shape[0], device=hidden.device)
+    losses = token_losses(teacher.head, hidden, lambda start, stop: own_tokens.index(slice(start, stop)), spec, weights)
     num_tokens = int(trajectory.response_len.sum())
     return DecodingReport(
         teacher_loglik=float(-losses.divergence.mean()),

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from nemo_opdlm.diffusion.proposal import log_confidence
 from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
@@ -41,12 +42,24 @@ class LMHead:
         weight = self.model.head_weight()
         return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the head multiplies in."""
+        return self.model.options.autocast_dtype or self.model.head_weight().dtype
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        """Hidden states for every shard of the vocabulary, whose gradients are added up."""
+        return copy_to_tensor_model_parallel_region(hidden, group=self.model.parallel.groups.tp)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.model.parallel.groups.tp)
         # Targets and evaluations also ask outside of a forward pass and its autocast.
         with autocast(self.model.options.autocast_dtype, hidden.device):
-            logits = F.linear(hidden, self.model.head_weight()).float()
+            return self.project(self.shared(hidden), self.model.head_weight())
+
+    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits ``[T, V_local]`` of hidden states that all shards share, with the head's weight in whatever dtype."""
+        logits = F.linear(hidden, weight).float()
         num_real = self.model.arch.vocab_size - self.vocab.start
         if num_real < logits.shape[-1]:
             is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
@@ -86,11 +99,16 @@ class RevealedTokens:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Per supervised token ``[T]``: its divergence (with gradient), and whether student and target agree on the best token.
+    """What T supervised tokens cost; only ``loss_sum`` has a gradient.
 
-    ``logprob_gap [G]`` is that of the revealed tokens.
+    Attributes:
+        loss_sum: weighted sum of the divergences.
+        divergence: ``[T]``.
+        agrees: bool ``[T]``, whether student and target agree on the best token.
+        logprob_gap: ``[G]``, that of the revealed tokens.
     """
 
+    loss_sum: Tensor
     divergence: Tensor
     agrees: Tensor
     logprob_gap: Tensor
@@ -103,47 +121,106 @@ def _best_token(target: Target, vocab: VocabReducer) -> Tensor:
     return target.token_ids[:, 0] if isinstance(target, TopKTarget) else target.token_ids
 
 
+@dataclass(frozen=True)
+class _Chunks:
+    """How one chunk of logits becomes losses and, where asked for, the gradient of their weighted sum."""
+
+    head: LMHead
+    token_weights: Tensor
+    target_of: Callable[[int, int], Target]
+    spec: DivergenceSpec
+    revealed: RevealedTokens | None
+
+    def losses(self, logits: Tensor, start: int, with_gradient: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Divergence, agreement and gap of the tokens from ``start`` on, and the gradient of their loss in the logits."""
+        stop, vocab = start + logits.shape[0], self.head.vocab
+        target = self.target_of(start, stop)
+        gradient = None
+        with torch.set_grad_enabled(with_gradient):
+            divergence = token_divergence(logits.requires_grad_(with_gradient), target, self.spec, vocab)
+            if with_gradient:
+                (gradient,) = torch.autograd.grad((divergence * self.token_weights[start:stop]).sum(), logits)
+        logits, divergence = logits.detach(), divergence.detach()
+        agrees = _best_token(target, vocab) == argmax(logits, vocab)
+        if self.revealed is None:
+            return (divergence, agrees, logits.new_empty(0)), gradient
+        return (divergence, agrees, self.revealed.within(start, stop).logprob_gap(logits, vocab)), gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Weighted sum of divergences whose gradients are ready with their values: no chunk's logits are computed twice.
+
+    Kept for the backward pass, which only scales them: the gradients of the hidden states and of the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, chunks: _Chunks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        of_hidden, of_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
+        # Added up in fp32 over the chunks, whatever the head multiplies in.
+        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if of_head else None
+        parts = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head_weight.to(chunks.head.dtype)
+            # At least one, possibly empty: every collective and every gradient is there without supervised tokens, too.
+            for start in range(0, max(1, hidden.shape[0]), chunks.head.chunk_rows):
+                rows = hidden[start : start + chunks.head.chunk_rows].to(weight.dtype)
+                part, gradient = chunks.losses(chunks.head.project(rows, weight), start, of_hidden or of_head)
+                parts.append(part)
+                if gradient is None:
+                    continue
+                gradient = gradient.to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + rows.shape[0]] = gradient @ weight
+                if grad_head is not None:
+                    _add_product(grad_head, gradient.T, rows)
+        ctx.gradients = grad_hidden, grad_head
+        divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(divergence, agrees, logprob_gap)
+        return (divergence * chunks.token_weights).sum(), divergence, agrees, logprob_gap
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        assert ctx.gradients is not None, "the gradients of a head were handed over before"
+        # Scaled in place: the head's is one of the largest tensors there are.
+        grad_hidden, grad_head = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_head, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in the dtype of ``total``; narrower factors are multiplied in their own."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
 def token_losses(
     head: LMHead,
     hidden: Tensor,
     target_of: Callable[[int, int], Target],
     spec: DivergenceSpec,
+    weights: Tensor,
     revealed: RevealedTokens | None = None,
 ) -> TokenLosses:
     """Divergence of ``hidden [T, hidden]`` from its targets, one chunk of logits at a time.
 
-    Backward recomputes each chunk's logits, so that nothing of size ``[T, V]`` outlives its chunk.
+    Nothing of size ``[T, V]`` outlives its chunk. With gradients, one fp32 tensor of the size of the head's weight lives
+    from here to the backward pass, which can run once.
 
     Args:
         head: the student's head.
         hidden: gathered rows at supervised positions.
         target_of: (start, stop) -> the targets of those rows.
         spec: divergence, support and tail.
+        weights: fp32 ``[T]`` of the divergences in the sum.
         revealed: tokens to compare with the rollout; None for none.
     """
-
-    def chunk_losses(rows: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        stop = start + rows.shape[0]
-        target = target_of(start, stop)
-        logits = head.logits(rows)
-        divergence = token_divergence(logits, target, spec, head.vocab)
-        # Behind what the gradient needs, where the recomputation stops.
-        agrees = _best_token(target, head.vocab) == argmax(logits.detach(), head.vocab)
-        if revealed is None:
-            return divergence, agrees, logits.new_empty(0)
-        return divergence, agrees, revealed.within(start, stop).logprob_gap(logits.detach(), head.vocab)
-
-    parts = []
-    for start in range(0, hidden.shape[0], head.chunk_rows):
-        rows = hidden[start : start + head.chunk_rows]
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk_losses, rows, start, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(chunk_losses(rows, start))
-    if not parts:
-        # Keeps the graph connected where a micro-batch has no supervised token, so that its backward pass still runs, and
-        # gives the head the gradient without which overlapped reduction waits for ever.
-        empty = head.logits(hidden).sum(-1)
-        return TokenLosses(empty, torch.zeros_like(empty, dtype=torch.bool), empty.detach())
-    divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenLosses(divergence, agrees, logprob_gap)
+    weight, shared = head.model.head_weight(), head.shared(hidden)
+    if not torch.is_grad_enabled():
+        weight, shared = weight.detach(), shared.detach()
+    return TokenLosses(*_ChunkedLoss.apply(shared, weight, _Chunks(head, weights, target_of, spec, revealed)))

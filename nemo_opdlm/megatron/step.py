@@ -170,15 +170,14 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
     def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         supervision: Supervision = batch.payload
         rows = hidden[supervision.row, supervision.column]
-        tokens = token_losses(head, rows, supervision.targets_of, spec, supervision.revealed)
-        loss_sum = (tokens.divergence * supervision.weight).sum()
-        detached, gap = tokens.divergence.detach(), tokens.logprob_gap
+        tokens = token_losses(head, rows, supervision.targets_of, spec, supervision.weight, supervision.revealed)
+        divergence, gap = tokens.divergence, tokens.logprob_gap
         sums = {
-            "loss_sum": loss_sum.detach(),
+            "loss_sum": tokens.loss_sum.detach(),
             "count": supervision.count,
-            "divergence_sum": detached.sum(),
+            "divergence_sum": divergence.sum(),
             "agreements": tokens.agrees.sum(),
-            "num_tokens": torch.tensor(detached.numel()),
+            "num_tokens": torch.tensor(divergence.numel()),
             "logprob_gap_sum": gap.sum(),
             "num_revealed": torch.tensor(gap.numel()),
             "logprob_gap_max": gap.max() if gap.numel() else gap.sum(),
@@ -186,9 +185,9 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
         lower = 0.0
         for upper in MASK_RATIOS:
             within = (supervision.mask_ratio > lower) & (supervision.mask_ratio <= upper)
-            sums[f"divergence_sum_{upper}"], sums[f"num_tokens_{upper}"] = detached[within].sum(), within.sum()
+            sums[f"divergence_sum_{upper}"], sums[f"num_tokens_{upper}"] = divergence[within].sum(), within.sum()
             lower = upper
-        return loss_sum, supervision.count.to(torch.int), sums
+        return tokens.loss_sum, supervision.count.to(torch.int), sums
 
     return loss
 

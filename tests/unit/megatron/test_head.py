@@ -25,8 +25,8 @@ def test_rows_added_by_vocabulary_padding_have_no_probability() -> None:
     logits = head.logits(torch.randn(4, 32))
     assert logits.shape == (4, 48) and bool((logits[:, 45:] == -torch.inf).all()) and bool(logits[:, :45].isfinite().all())
     target = FullTarget(head.logits(torch.randn(4, 32)))
-    losses = token_losses(head, torch.randn(4, 32, requires_grad=True), lambda a, b: target, DivergenceSpec())
-    losses.divergence.sum().backward()
+    losses = token_losses(head, torch.randn(4, 32, requires_grad=True), lambda a, b: target, DivergenceSpec(), torch.ones(4))
+    losses.loss_sum.backward()
     assert bool(losses.divergence.isfinite().all())
     assert not head.model.head_weight().grad[45:].any()
 
@@ -53,7 +53,7 @@ def test_agreement_means_the_same_most_likely_token_for_every_kind_of_target() -
         (DivergenceSpec(top_k=3), top_k_target(teacher, 3, LocalVocab())),
         (DivergenceSpec(DivergenceKind.nll), TokenTarget(teacher.argmax(-1))),
     ):
-        losses = token_losses(head, hidden, lambda a, b, t=target: t.index(slice(a, b)), kind)  # type: ignore[misc]
+        losses = token_losses(head, hidden, lambda a, b, t=target: t.index(slice(a, b)), kind, torch.ones(50))  # type: ignore[misc]
         assert torch.equal(losses.agrees, expected)
 
 
@@ -74,9 +74,10 @@ def test_the_gap_to_the_rollout_excludes_what_it_never_proposes_and_is_computed_
         hidden,
         lambda start, stop: target.index(slice(start, stop)),
         DivergenceSpec(DivergenceKind.nll),
+        torch.ones(20),
         RevealedTokens(rows, token_ids, confidence, forbidden),
     )
-    losses.divergence.sum().backward()
+    losses.loss_sum.backward()
     log_probs = head.logits(hidden)[:, ~forbidden].log_softmax(-1)
     column = (~forbidden).cumsum(0)[token_ids] - 1
     torch.testing.assert_close(losses.logprob_gap, (log_probs[rows, column] - confidence.log()).abs())
@@ -87,7 +88,7 @@ def test_the_gap_to_the_rollout_excludes_what_it_never_proposes_and_is_computed_
 def test_without_supervised_tokens_the_backward_pass_still_runs() -> None:
     head = make_head()
     hidden = torch.randn(3, 32, requires_grad=True)
-    losses = token_losses(head, hidden[:0], lambda a, b: FullTarget(torch.empty(0, 48)), DivergenceSpec())
+    losses = token_losses(head, hidden[:0], lambda a, b: FullTarget(torch.empty(0, 48)), DivergenceSpec(), torch.ones(0))
     assert losses.divergence.shape == losses.agrees.shape == (0,)
-    losses.divergence.sum().backward()
+    losses.loss_sum.backward()
     assert hidden.grad is not None and not hidden.grad.any()
