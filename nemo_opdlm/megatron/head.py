@@ -11,13 +11,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_opdlm.diffusion.proposal import log_confidence
-from nemo_opdlm.distillation.divergence import DivergenceSpec, FullTarget, Target, TopKTarget, token_divergence
+from nemo_opdlm.distillation.divergence import (
+    DivergenceKind,
+    DivergenceSpec,
+    FullTarget,
+    Target,
+    TopKTarget,
+    token_divergence,
+)
 from nemo_opdlm.megatron.student import StagedGPT, autocast
 from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
 from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax, local_columns
 
-#: Logits alive at a time: few enough on a CPU that they stay near its caches, 512 rows of Qwen3's vocabulary on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 512 * 151_936}
+#: Bytes that a chunk's tensors may take at their peak: few enough on a CPU that the logits stay near its caches.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 3 * 2**30}
+
+
+def _bytes_per_logit(spec: DivergenceSpec) -> int:
+    """Bytes alive at the peak of a chunk for each of its logits, gradient and teacher's logits included; as measured."""
+    if spec.kind is DivergenceKind.nll:
+        return 17
+    return 22 if spec.top_k else {DivergenceKind.mixed: 47, DivergenceKind.jsd: 72}.get(spec.kind, 38)
 
 
 class LMHead:
@@ -36,11 +50,10 @@ class LMHead:
             width = model.arch.padded_vocab_size(tp_size) // tp_size
             self.vocab = TensorParallelVocab(model.parallel.groups.tp, width)
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of logits to hold at a time."""
+    def chunk_rows(self, spec: DivergenceSpec) -> int:
+        """Rows of logits to compare at a time, for `CHUNK_BYTES` at their peak."""
         weight = self.model.head_weight()
-        return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
+        return max(1, CHUNK_BYTES[weight.device.type] // (_bytes_per_logit(spec) * weight.shape[0]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,12 +174,12 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
         # Added up in fp32 over the chunks, whatever the head multiplies in.
         grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if of_head else None
-        parts = []
+        parts, num_rows = [], chunks.head.chunk_rows(chunks.spec)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head_weight.to(chunks.head.dtype)
             # At least one, possibly empty: every collective and every gradient is there without supervised tokens, too.
-            for start in range(0, max(1, hidden.shape[0]), chunks.head.chunk_rows):
-                rows = hidden[start : start + chunks.head.chunk_rows].to(weight.dtype)
+            for start in range(0, max(1, hidden.shape[0]), num_rows):
+                rows = hidden[start : start + num_rows].to(weight.dtype)
                 part, gradient = chunks.losses(chunks.head.project(rows, weight), start, of_hidden or of_head)
                 parts.append(part)
                 if gradient is None:
@@ -176,6 +189,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_hidden[start : start + rows.shape[0]] = gradient @ weight
                 if grad_head is not None:
                     _add_product(grad_head, gradient.T, rows)
+                del gradient  # or it would live beside the next chunk
         ctx.gradients = grad_hidden, grad_head
         divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(divergence, agrees, logprob_gap)

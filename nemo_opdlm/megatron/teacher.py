@@ -114,7 +114,7 @@ class Teacher:
 
         if spec.top_k == 0:
             return HiddenTargets(self.head, everywhere(hidden))
-        chunks = hidden.split(self.head.chunk_rows)
+        chunks = hidden.split(self.head.chunk_rows(spec))
         target = TopKTarget.cat([top_k_target(self.head.logits(rows), spec.top_k, self.head.vocab) for rows in chunks])
         return StoredTargets(
             TopKTarget(everywhere(target.token_ids), everywhere(target.log_probs), everywhere(target.tail_log_prob))
