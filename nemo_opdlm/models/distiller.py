@@ -109,6 +109,8 @@ class OnPolicyDistiller:
         metrics: Metrics = {}
         rollout_step, index = divmod(global_step, self.updates_per_rollout)
         if self.batch is None or self.batch.rollout_step != rollout_step + 1:
+            # Its targets are not to wait beside the next ones.
+            self.batch = None
             # 1. The student answers the next prompts with its own sampler.
             trajectory = self.roll_out(rollout_step + 1, metrics)
             # 2. One half-masked state of each block it really visited.

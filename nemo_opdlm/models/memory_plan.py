@@ -2,7 +2,8 @@
 
 It is the worst case: every row is as long as the keys allow and every response token is supervised. Not counted are small
 tensors, the held-out set's own passes, and what CUDA, NCCL and the allocator keep for themselves. Nothing was measured on a GPU:
-there it is taken for granted that attention keeps no scores, and Transformer Engine's layers count like Megatron's own.
+there it is taken for granted that FlexAttention keeps its padded inputs, what it returns and no scores, and that Transformer
+Engine's layers count like Megatron's own.
 """
 
 import importlib.util
@@ -11,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_opdlm.config import Architecture, Config, ModelConfig, validate_architecture, validate_layout
+from nemo_opdlm.megatron.attention import DENSE_LENGTH
+from nemo_opdlm.megatron.flex import SMALLEST_HEAD
 from nemo_opdlm.megatron.head import CHUNK_ELEMENTS
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.models.conversion import checkpoint_architecture
 from nemo_opdlm.models.memory_moments import Moment, RowLimits, RunPlan, StagePlan
-from nemo_opdlm.models.memory_sizes import FP32, NetworkSizes, Tokens
+from nemo_opdlm.models.memory_sizes import FP32, Kernel, NetworkSizes, Tokens
 from nemo_opdlm.models.settings import model_options, teacher_options, teacher_rows
 
 #: Logits in fp32 that a chunk of the head holds at its peak, in its backward pass: student's, teacher's, and the terms between.
@@ -124,8 +127,24 @@ class _Planner:
             gradients=student.parameters * FP32,
             optimizer=self._optimizer(student),
             teacher=held * teacher.weight_bytes * self._has_teacher,
-            targets=self._records + self._targets,
+            targets=self._records,
         )
+
+    def _trains(self, name: str, *, student_works: bool = False) -> Moment:
+        """A moment of an update, beside the targets of its rollout batch."""
+        moment = self._moment(name, student_works=student_works)
+        return replace(moment, targets=moment.targets + self._targets)
+
+    def _kernel(self, network: NetworkSizes, length: int, num_ranks: int = 1) -> Kernel:
+        """That of passes without a cache, as `AttentionContext` and `build_model` choose it."""
+        wanted, head = self._model.opdlm.attention, network.arch.kv_channels
+        assert head is not None
+        if num_ranks == 1:
+            if wanted == "flex" or (wanted == "auto" and self.on_gpu and head >= SMALLEST_HEAD):
+                return Kernel.TILES
+            if length <= DENSE_LENGTH:
+                return Kernel.DENSE
+        return Kernel.GPU_CHUNKS if self.on_gpu else Kernel.CPU_CHUNKS
 
     def _optimizer(self, student: NetworkSizes) -> int:
         masters = 1 if student.weight_bytes < FP32 else 0
@@ -176,13 +195,13 @@ class _Planner:
         by_teacher = opdlm.responses == "teacher"
         network, block = (self._teacher, 1) if by_teacher else (self._student, opdlm.block_size)
         batches, slots = self._batches()
-        # The last batch's targets and records are there until the next ones are.
         cached = self._moment("rollout", student_works=not by_teacher, teacher_works=by_teacher)
         cached = replace(cached, cache=batches * network.cache(slots, row.blocks))
-        prompts = Tokens(slots, max(0, row.prompt // block * block - block), is_dense=True)
+        prefix = max(0, row.prompt // block * block - block)
+        prompts = Tokens(slots, prefix, Kernel.DENSE, prefix)
         prefill = prompts.mask_elements + network.forward_workspace(prompts)
         # Two blocks of a row go through the layers, of which the second is proposed for.
-        forward = network.forward_workspace(Tokens(slots, 2 * block, is_dense=True))
+        forward = network.forward_workspace(Tokens(slots, 2 * block, Kernel.DENSE, row.blocks))
         heads_per_group = network.queries // network.keys
         mask = slots * 2 * block * heads_per_group * row.blocks
         factor = _PROPOSAL_LOGITS if rollout.top_p == 1 else _NUCLEUS_LOGITS
@@ -210,11 +229,7 @@ class _Planner:
         if opdlm.divergence == "nll":
             return []
         num_rollouts = -(-self._trained_rollouts // self._model.context_parallel_size)
-        rows = min(teacher_rows(self._model), num_rollouts)
-        tokens = Tokens(rows, self._row.total)
-        hidden = (
-            num_rollouts * self._row.response * self.teacher_arch.hidden_size * teacher.value_bytes * teacher.is_last
-        )
+        tokens, hidden = self._teacher_tokens(num_rollouts), self._hidden_of_responses(num_rollouts)
         shared, working = teacher.shared_by_layers(tokens), self._moment("", teacher_works=True)
         layers = replace(
             working,
@@ -223,9 +238,12 @@ class _Planner:
             activations=shared + teacher.forward_workspace(tokens),
         )
         if not opdlm.divergence_top_k:
-            # All parts, and what they are joined to.
+            # All parts, what they are joined to, and the same in the order of the rollouts; or two copies of what this rank
+            # has, and what it gathers from all ranks, before and after it is sorted.
+            is_shared = self._model.context_parallel_size > 1
+            made = 2 * hidden + (2 * self._targets if is_shared else hidden)
             joined = replace(self._moment("teacher: targets"), activations=shared)
-            return [layers, replace(joined, targets=joined.targets + hidden + self._targets)]
+            return [layers, replace(joined, targets=joined.targets + made)]
         chunk = min(self._chunk_rows(teacher), num_rollouts * self._row.response)
         reduced = replace(
             self._moment("teacher: targets"),
@@ -233,6 +251,20 @@ class _Planner:
             activations=shared,
         )
         return [layers, replace(reduced, targets=reduced.targets + hidden + self._targets)]
+
+    def _teacher_tokens(self, num_rollouts: int) -> Tokens:
+        """The tokens of one causal pass."""
+        row, pack = self._row, self._model.opdlm.pack_to_tokens
+        if pack is None:
+            rows = min(teacher_rows(self._model), num_rollouts)
+            return Tokens(rows, row.total, self._kernel(self._teacher, row.total), row.total)
+        length = min(max(pack, row.total), num_rollouts * row.total)
+        return Tokens(1, length, self._kernel(self._teacher, length), row.total)
+
+    def _hidden_of_responses(self, num_rollouts: int) -> int:
+        teacher = self._teacher
+        per_token = self.teacher_arch.hidden_size * teacher.value_bytes * teacher.is_last
+        return num_rollouts * self._row.response * per_token
 
     # -- 3. update --
 
@@ -243,9 +275,26 @@ class _Planner:
         multiple = options.token_multiple * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
         if model.context_parallel_size > 1:
             multiple *= 2 * model.context_parallel_size
+        row, ranks, pack = self._row, model.context_parallel_size, model.opdlm.pack_to_tokens
+        rows, length = model.micro_batch_size, -(-row.two_stream // multiple) * multiple
+        if pack is not None:
+            whole = min(pack // multiple * multiple, self._rollouts_of_update * row.two_stream)
+            rows, length = 1, -(-whole // multiple) * multiple
+        # A state sees the clean tokens of earlier blocks and its own block.
+        return Tokens(rows, length, self._kernel(self._student, length, ranks), row.blocks, ranks)
+
+    @property
+    def _rollouts_of_update(self) -> int:
+        """Rollouts that a data-parallel rank trains on in an update."""
+        return self._model.global_batch_size * self._model.context_parallel_size // self._data_size
+
+    @property
+    def _micro_batches(self) -> int:
+        """Micro-batches of an update."""
+        model, rollouts = self._model, self._rollouts_of_update
         pack = model.opdlm.pack_to_tokens
-        length = -(-(pack or self._row.two_stream) // multiple) * multiple
-        return Tokens(1 if pack else model.micro_batch_size, length, model.context_parallel_size)
+        rows = model.micro_batch_size if pack is None else max(1, pack // self._row.two_stream)
+        return -(-rollouts // rows)
 
     @property
     def _supervised(self) -> int:
@@ -263,7 +312,9 @@ class _Planner:
 
     def _update(self) -> list[Moment]:
         student, tokens = self._student, self._micro_batch
-        during, kept = self._moment("update", student_works=True), self._kept(student, tokens)
+        during, kept = self._trains("update", student_works=True), self._kept(student, tokens)
+        # The pass that goes back through the layers is done with the final norm.
+        of_norm = student.kept_by_ends(tokens) * student.is_last
         vocab_gradient = student.vocab_weights * student.weight_bytes
         is_tied = self.student_arch.share_embeddings_and_output_weights and student.is_last
         moments = [
@@ -272,6 +323,7 @@ class _Planner:
                 name="update: layers",
                 gradients=during.gradients + vocab_gradient * is_tied,
                 activations=kept
+                - of_norm
                 + student.recomputed(tokens, self._layers_of_chunk)
                 + student.backward_workspace(tokens),
             )
@@ -288,7 +340,7 @@ class _Planner:
                     activations=2 * tokens.count * student.residual * student.weight_bytes,
                 )
             )
-        step = self._moment("update: optimizer")
+        step = self._trains("update: optimizer")
         return [*moments, replace(step, optimizer=step.optimizer + self._adam_workspace)]
 
     def _head(self, during: Moment, kept: int) -> Moment:
@@ -310,8 +362,10 @@ class _Planner:
         """Activations of all micro-batches in flight."""
         in_flight, chunks = self._in_flight()
         of_layers = chunks * student.kept(tokens, self._layers_of_chunk)
-        rotations = in_flight * (student.shared_by_layers(tokens) - tokens.mask_elements)
-        return of_layers + in_flight * student.kept_by_ends(tokens) + rotations + tokens.mask_elements
+        # Chunks of the mask are kept with what attention keeps, a whole one is not.
+        masks = in_flight if tokens.chunk_elements and student.keeps_attention(self._layers_of_chunk) else 1
+        rotations = in_flight * (student.shared_by_layers(tokens) - tokens.shared_mask)
+        return of_layers + in_flight * student.kept_by_ends(tokens) + rotations + masks * tokens.shared_mask
 
     @property
     def _layers_of_chunk(self) -> int:
@@ -320,9 +374,7 @@ class _Planner:
     def _in_flight(self) -> tuple[int, int]:
         """Micro-batches whose activations a stage keeps, and pieces of the network that keep them."""
         model = self._model
-        micro_batches = model.global_batch_size // (
-            self._data_size // model.context_parallel_size * model.micro_batch_size
-        )
+        micro_batches = self._micro_batches
         stages, pieces = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
         behind = stages - self.stage - 1
         if pieces is None:

@@ -5,12 +5,24 @@ holds them against runs. Small tensors are left out: statistics of norms and sof
 """
 
 from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
 
 from nemo_opdlm.config import Architecture, ModelConfig
-from nemo_opdlm.megatron.attention import DENSE_ELEMENTS
-from nemo_opdlm.megatron.chunked_attention import CHUNK_ELEMENTS
+from nemo_opdlm.megatron.chunked_attention import CHUNK_ELEMENTS, CPU_QUERIES, KEPT_ELEMENTS
+from nemo_opdlm.megatron.flex import bucket
 
 FP32 = 4
+
+
+class Kernel(Enum):
+    """How a pass attends: under one whole mask, chunk by chunk of the queries on a CPU or a GPU, or by FlexAttention."""
+
+    DENSE = auto()
+    CPU_CHUNKS = auto()
+    GPU_CHUNKS = auto()
+    TILES = auto()
 
 
 @dataclass(frozen=True)
@@ -20,14 +32,16 @@ class Tokens:
     Attributes:
         rows: how many.
         length: tokens of each.
+        kernel: that attends.
+        seen: keys that a token sees at most.
         num_ranks: context-parallel ranks that share each row.
-        is_dense: the mask is whole however large it is, as in front of a cache.
     """
 
     rows: int
     length: int
+    kernel: Kernel
+    seen: int
     num_ranks: int = 1
-    is_dense: bool = False
 
     @property
     def count(self) -> int:
@@ -35,16 +49,41 @@ class Tokens:
         return self.rows * self.length // self.num_ranks
 
     @property
+    def gathered(self) -> int:
+        """Tokens of all ranks, whose keys a chunk picks from."""
+        return self.rows * self.length
+
+    @property
+    def padded(self) -> int:
+        """Tokens that the kernel works on."""
+        return self.rows * bucket(self.length) if self.kernel is Kernel.TILES else self.count
+
+    @property
     def mask_elements(self) -> int:
-        """Elements of the dense attention mask; 0 where attention goes chunk by chunk."""
-        elements = self.rows * self.length**2
-        is_whole = self.is_dense or (self.num_ranks == 1 and elements <= DENSE_ELEMENTS)
-        return elements if is_whole else 0
+        """Elements of the whole mask; 0 where there is none."""
+        return self.gathered * self.length if self.kernel is Kernel.DENSE else 0
+
+    @property
+    def shared_mask(self) -> int:
+        """Bytes of the mask that the layers of a batch share, chunks and numbers of their keys; tiles are next to nothing."""
+        if self.kernel is Kernel.CPU_CHUNKS:
+            elements = min(KEPT_ELEMENTS, self.count * self.seen)
+            return elements + elements // (self.rows * CPU_QUERIES) * torch.int64.itemsize
+        if self.kernel is Kernel.GPU_CHUNKS:
+            return min(KEPT_ELEMENTS, self.count * self.length)
+        return self.mask_elements
 
     @property
     def chunk_elements(self) -> int:
-        """Elements of the mask of one chunk; 0 where the mask is whole."""
-        return 0 if self.mask_elements else min(CHUNK_ELEMENTS, self.rows * self.length**2)
+        """Elements of the mask of one chunk; 0 where attention has none."""
+        if self.kernel is Kernel.CPU_CHUNKS:
+            return self.rows * CPU_QUERIES * self.seen
+        return min(CHUNK_ELEMENTS, self.count * self.length) if self.kernel is Kernel.GPU_CHUNKS else 0
+
+    @property
+    def picked(self) -> int:
+        """Keys that one chunk copies."""
+        return self.rows * self.seen if self.kernel is Kernel.CPU_CHUNKS else 0
 
 
 @dataclass(frozen=True)
@@ -171,14 +210,18 @@ class NetworkSizes:
         """What one layer keeps of a micro-batch."""
         value, arch = self.value_bytes, self.arch
         per_token = 2 * self._kept_by_norm(self.residual) + self._kept_by_query_norms * arch.qk_layernorm
-        # Projected together; rotated queries and keys; what attention returns; the SwiGLU layer's inputs and products.
-        per_token += value * ((self.queries + 2 * self.keys) + (self.queries + self.keys) + self.queries + 5 * self.ffn)
+        # The SwiGLU layer's inputs and products.
+        per_token += value * 5 * self.ffn
         # Every layer keeps a copy of the mask as numbers, unless it computes its attention again.
         is_selective = self.model.activations_checkpoint_granularity == "selective"
         mask = value * tokens.mask_elements * (not is_selective)
         # Under autocast each micro-batch keeps the weights as it has cast them.
         cast = value * self._products * (value < self.weight_bytes)
-        return tokens.count * per_token + mask + cast
+        return tokens.count * per_token + self._kept_by_attention(tokens) + mask + cast
+
+    def keeps_attention(self, layers: int) -> bool:
+        """Whether any of `layers` layers has what its attention keeps until its backward pass."""
+        return self.model.activations_checkpoint_granularity != "selective" and self._unrecomputed(layers) > 0
 
     def kept_by_ends(self, tokens: Tokens) -> int:
         """What the final norm keeps, or the message to the next stage."""
@@ -189,7 +232,7 @@ class NetworkSizes:
 
     def shared_by_layers(self, tokens: Tokens) -> int:
         """Mask and rotation of a batch."""
-        return tokens.mask_elements + tokens.count * 2 * self.arch.kv_channels * FP32
+        return tokens.shared_mask + tokens.count * 2 * self.arch.kv_channels * FP32
 
     def _unrecomputed(self, layers: int) -> int:
         model = self.model
@@ -213,6 +256,16 @@ class NetworkSizes:
         """A norm in front of a matrix product, which keeps its output."""
         return channels * ((self.weight_bytes if self.fuses_norms else 2 * FP32) + self.value_bytes)
 
+    def _kept_by_attention(self, tokens: Tokens) -> int:
+        projected = tokens.count * (self.queries + 2 * self.keys)
+        if tokens.kernel is not Kernel.TILES:
+            # Of what was projected together the values; rotated queries and keys; what attention returns.
+            return self.value_bytes * (projected + tokens.count * (2 * self.queries + self.keys))
+        # Padded copies of all three and of what attention returns, and the latter without its padding.
+        padded = tokens.padded * (2 * self.queries + 2 * self.keys)
+        cut = tokens.count * self.queries * (tokens.padded > tokens.count)
+        return self.value_bytes * (projected * self.arch.qk_layernorm + padded + cut)
+
     @property
     def _kept_by_query_norms(self) -> int:
         if self.fuses_norms:
@@ -226,16 +279,21 @@ class NetworkSizes:
         """A layer at work without gradients: in the SwiGLU layer, or in attention."""
         value = self.value_bytes
         swiglu = tokens.count * value * (5 * self.ffn + 2 * self.arch.hidden_size + 2 * self.residual)
-        attention = tokens.count * value * (3 * self.queries + 4 * self.keys + 2 * self.arch.hidden_size)
-        return max(swiglu, attention + self._mask_workspace(tokens))
+        attention = tokens.count * value * (4 * self.queries + 4 * self.keys + 2 * self.arch.hidden_size)
+        # What the chunks return, before it is joined.
+        parts = tokens.count * value * self.queries * (tokens.chunk_elements > 0)
+        return max(swiglu, attention + parts + tokens.mask_elements * value + self._chunk(tokens))
 
     def backward_workspace(self, tokens: Tokens) -> int:
-        """Gradients of activations and of the largest weight, while a layer goes back."""
+        """Gradients of activations and of the largest weight, while a layer goes back: in the SwiGLU layer, or in attention."""
         activations = tokens.count * self.value_bytes * (2 * self.ffn + 3 * self.arch.hidden_size)
-        return activations + 2 * self.ffn * self.arch.hidden_size * self.weight_bytes + self._chunks(tokens)
+        swiglu = activations + 2 * self.ffn * self.arch.hidden_size * self.weight_bytes
+        if not tokens.chunk_elements:
+            return swiglu
+        attention = tokens.count * self.value_bytes * (2 * self.queries + 2 * self.arch.hidden_size)
+        return max(swiglu, attention + tokens.gathered * 2 * self.keys * FP32 + self._chunk(tokens))
 
-    def _mask_workspace(self, tokens: Tokens) -> int:
-        return tokens.mask_elements * self.value_bytes + self._chunks(tokens)
-
-    def _chunks(self, tokens: Tokens) -> int:
-        return tokens.chunk_elements * (1 + self.value_bytes)
+    def _chunk(self, tokens: Tokens) -> int:
+        """A chunk's mask as numbers, and the keys and values that it picks, or those gathered from other ranks."""
+        gathered = tokens.gathered * (tokens.num_ranks > 1)
+        return self.value_bytes * (tokens.chunk_elements + (tokens.picked + gathered) * 2 * self.keys)

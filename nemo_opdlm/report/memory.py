@@ -49,9 +49,12 @@ def size(num_bytes: int) -> str:
 
 
 def _longest_row(config: Config, plan: RunPlan) -> str:
-    row, rows = plan.row, config.model.micro_batch_size
+    row, rows, pack = plan.row, config.model.micro_batch_size, config.model.opdlm.pack_to_tokens
+    tokens = f"{rows} x {row.two_stream} tokens in a micro-batch"
+    if pack is not None:
+        tokens = f"micro-batches packed to {pack} tokens, {row.two_stream} of a row"
     return (
-        f"The most that the keys allow: {rows} x {row.two_stream} tokens in a micro-batch (a prompt of {row.prompt}, a response "
+        f"The most that the keys allow: {tokens} (a prompt of {row.prompt}, a response "
         f"of {row.response} and {row.copies} of its states), all of them supervised. Not counted: what CUDA, NCCL and the "
         "allocator keep for themselves."
     )

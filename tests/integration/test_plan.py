@@ -46,8 +46,10 @@ def test_pipeline_stages_have_a_line_each(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     layout = ("trainer.devices=2", "model.pipeline_model_parallel_size=2", "model.opdlm.divergence=nll")
-    assert run_script("plan.py", *arguments(folder, "qwen3-tied-wide-heads-0.nemo"), *layout) == 0
+    packed = "model.opdlm.pack_to_tokens=64"
+    assert run_script("plan.py", *arguments(folder, "qwen3-tied-wide-heads-0.nemo"), *layout, packed) == 0
     out = capsys.readouterr().out
+    assert "packed to 64 tokens, 32 of a row" in " ".join(out.split())
     table = out[out.index("Pipeline stages") :].splitlines()
     assert [line.split("│")[1].strip() for line in table if line.startswith("│")] == ["1", "2"]
 

@@ -77,7 +77,8 @@ def build(config: Config, arch: Architecture) -> OnPolicyDistiller:
     options = model_options(model, config.trainer.precision)
     settings = optimizer_settings(model, max_steps, config.trainer.gradient_clip_val)
     student = _with_random_weights(build_model(arch, context, AttentionRule.BLOCK_DIFFUSION, options))
-    teacher = Teacher(arch, context, teacher_options(model, options), teacher_rows(model))
+    packed = model.opdlm.pack_to_tokens
+    teacher = Teacher(arch, context, teacher_options(model, options), teacher_rows(model), packed)
     _with_random_weights(teacher.network)
     network = wrap(student, settings)
     optimizer = StudentOptimizer(network, settings)

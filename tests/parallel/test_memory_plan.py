@@ -31,14 +31,26 @@ RECOMPUTE = (
     "model.activations_checkpoint_method=uniform",
     "model.activations_checkpoint_num_layers=1",
 )
+LONG_PROMPTS = ("model.data.train_ds.max_prompt_length=400", "model.opdlm.rollout.max_new_tokens=4")
 STAGES = "model.pipeline_model_parallel_size=2"
 #: Name -> network, keys, ranks.
 CASES: dict[str, tuple[Architecture, tuple[str, ...], int]] = {
-    "fp32": (ARCH, ("trainer.precision=32",), 1),
+    # Two rows of 160 tokens for the student, three of 96 for the teacher.
+    "packed": (
+        ARCH,
+        (
+            "trainer.precision=32",
+            "model.opdlm.pack_to_tokens=320",
+            "model.opdlm.rollout.num_prompts_per_step=6",
+            "model.global_batch_size=6",
+        ),
+        1,
+    ),
     "bf16, fp32 masters": (ARCH, ("trainer.precision=bf16",), 1),
     "autocast": (ARCH, ("trainer.precision=bf16-mixed",), 1),
     "top-k, tied": (TIED, ("trainer.precision=32", TOP_K, "model.opdlm.states_per_rollout=2"), 1),
-    "recomputation": (ARCH, ("trainer.precision=32", *RECOMPUTE), 1),
+    # Few supervised tokens in long rows: the layers need most, not the head.
+    "recomputation, long prompts": (ARCH, ("trainer.precision=32", *LONG_PROMPTS, *RECOMPUTE), 1),
     # A few supervised tokens: no more is in memory than when the gradients of a tied vocabulary meet.
     "short responses": (TIED, ("trainer.precision=32", TOP_K, "model.opdlm.rollout.max_new_tokens=4", *RECOMPUTE), 1),
     "PP 2": (ARCH, ("trainer.precision=bf16", TWO, STAGES), 2),
@@ -83,14 +95,15 @@ def check(plan: StagePlan, measured: dict[str, int]) -> None:
     # Megatron's Adam also counts the steps of each parameter.
     rollout = plan.phase("rollout")
     assert rollout is not None and rollout.optimizer == pytest.approx(measured["optimizer"], rel=0.005)
-    held = sum(measured[name] for name in ("parameters", "gradients", "optimizer", "teacher", "targets", "records"))
+    weights = sum(measured[name] for name in ("parameters", "gradients", "optimizer", "teacher"))
+    batch = measured["records"] + measured["targets"]
     moments = {
-        "rollout": rollout,
-        "teacher pass": plan.phase("teacher"),
-        "passes": StagePlan(plan.stage, tuple(others)).phase("update"),
-        "step": step,
+        "rollout": (rollout, weights),
+        "teacher pass": (plan.phase("teacher"), weights + measured["records"]),
+        "passes": (StagePlan(plan.stage, tuple(others)).phase("update"), weights + batch),
+        "step": (step, weights + batch),
     }
-    for phase, moment in moments.items():
+    for phase, (moment, held) in moments.items():
         assert moment is not None
         beside = moment.total - held
         assert beside == pytest.approx(measured[phase], rel=0.15), phase
