@@ -240,7 +240,7 @@ class BlockDiffusionAttention(torch.nn.Module):
         plan = self.context.plan(attention_mask)
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
         if self.context.cache is not None:
-            return self._forward_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), self.context.cache)
+            return self.attend_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), self.context.cache)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if isinstance(plan.mask, MaskChunks):
             out = attend_in_chunks(query, key, value, plan.mask, self.softmax_scale, self.context.split_group)
@@ -250,7 +250,7 @@ class BlockDiffusionAttention(torch.nn.Module):
             out = self._attend(query, key, value, plan.mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _forward_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
+    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
         """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``; filler gets 0."""
         step = cache.query
         assert step is not None
@@ -268,7 +268,7 @@ class BlockDiffusionAttention(torch.nn.Module):
         out = self._attend(padded, cached_key, cached_value, step.may_attend)
         out = out.unflatten(2, (step.heads, width)).permute(0, 3, 1, 2, 4).flatten(2)
         out = out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
-        return F.pad(out, (0, 0, 0, num_filler)).unsqueeze(1)
+        return (F.pad(out, (0, 0, 0, num_filler)) if num_filler else out).unsqueeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None) -> Tensor:
         is_grouped = query.shape[1] != key.shape[1]

@@ -12,6 +12,7 @@ from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
 from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.megatron.attention import CachedQuery, KVCache
 from nemo_opdlm.megatron.head import LMHead
+from nemo_opdlm.megatron.inference import forward_chunk, suits
 from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.vocab import local_columns
 
@@ -92,6 +93,7 @@ class MegatronDenoiser:
         self.forbidden = forbidden
         self.fixed_shapes = fixed_shapes
         self.head = LMHead(model)
+        self.is_lean = suits(model)
 
     def prefill(self, query: Query) -> None:
         """Write keys and values of whole prompt blocks ``[A, Q]``."""
@@ -125,6 +127,8 @@ class MegatronDenoiser:
         """
         self.cache.query = forward.cached
         chunk, attributes = self.model[number], forward.attributes
+        if self.is_lean:
+            return forward_chunk(chunk, forward.token_ids, attributes, hidden)
         chunk.set_input_tensor([hidden])
         out: Tensor = chunk(forward.token_ids, attributes.position_ids, attributes.stack())
         return out

@@ -1,0 +1,77 @@
+"""The forward pass of a rollout on a network that no rank shares: Megatron's layers without what training needs of them.
+
+A rollout's forwards are small. Megatron's modules spend as long on autograd functions, hooks and process groups of one rank as a
+CPU spends on half of the arithmetic. This reads the same parameters in place and computes the same, operator by operator;
+other layouts and kinds of layers take Megatron's own way (`suits`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_opdlm.diffusion.masks import TokenAttributes
+from nemo_opdlm.megatron.rotary import rotate
+from nemo_opdlm.megatron.student import HiddenStatesGPT, StagedGPT
+
+
+def suits(model: StagedGPT) -> bool:
+    """Whether `forward_chunk` computes what the network does: layers of Megatron's local spec, whole, as we configure them."""
+    options = model.options
+    is_ours = all(key.startswith("recompute_") for key in options.transformer_config)
+    return model.parallel.tp_size == 1 and not options.transformer_engine and options.token_multiple == 1 and is_ours
+
+
+def forward_chunk(
+    chunk: HiddenStatesGPT, token_ids: Tensor, attributes: TokenAttributes, hidden: Tensor | None
+) -> Tensor:
+    """A chunk's hidden states, as the chunk itself returns them; without gradients.
+
+    Args:
+        chunk: of a network that `suits`.
+        token_ids: ``[1, T]``.
+        attributes: of each token.
+        hidden: ``[T, 1, hidden]`` from the chunk before; None for the first.
+    """
+    hidden = F.embedding(token_ids[0], chunk.embedding.word_embeddings.weight) if hidden is None else hidden[:, 0]
+    stacked = attributes.stack()
+    for layer in chunk.decoder.layers:
+        hidden = _add(hidden, _attention(layer.self_attention, layer.input_layernorm(hidden), stacked))
+        hidden = _add(hidden, _mlp(layer.mlp, layer.pre_mlp_layernorm(hidden)))
+    if not chunk.post_process:
+        return hidden[:, None].to(chunk.config.pipeline_dtype)
+    return chunk.decoder.final_layernorm(hidden)[None]  # type: ignore[no-any-return]
+
+
+def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
+    """Grouped queries: of each group, the heads of its queries, its key and its value stand side by side."""
+    core = attention.core_attention
+    size, groups = core.config.kv_channels, core.config.num_query_groups
+    heads = _linear(attention.linear_qkv, hidden).unflatten(-1, (groups, -1, size))
+    turned, value = heads[:, :, :-1], heads[:, :, -1]
+    if core.config.qk_layernorm:
+        query, key = attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])
+        turned = torch.cat([query, key], dim=2)
+    context = core.context
+    plan = context.plan(stacked)
+    turned = rotate(turned, plan.cos, plan.sin)
+    out = core.attend_cached(turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], value, context.cache)
+    return _linear(attention.linear_proj, out[:, 0])
+
+
+def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
+    gate, up = _linear(mlp.linear_fc1, hidden).chunk(2, dim=-1)
+    return _linear(mlp.linear_fc2, F.silu(gate) * up)
+
+
+def _add(residual: Tensor, update: Tensor) -> Tensor:
+    """Under autocast the residual takes the dtype of what is added to it, as in Megatron."""
+    return residual.to(update.dtype).add_(update) if residual.dtype != update.dtype else residual + update
+
+
+def _linear(module: Any, hidden: Tensor) -> Tensor:
+    bias: Tensor | None = module.bias
+    if not torch.is_tensor(bias):
+        bias = None
+    return F.linear(hidden, module.weight, bias)
