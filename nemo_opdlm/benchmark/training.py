@@ -11,7 +11,7 @@ import torch
 from nemo_opdlm.benchmark.floor import Machine
 from nemo_opdlm.benchmark.reference import wait
 from nemo_opdlm.benchmark.training_arms import Arms
-from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, costs, head_memory, needed_flops
+from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, HeadLoss, costs, needed_flops
 from nemo_opdlm.benchmark.training_workload import TrainingBatch, mixed_lengths, prompt_lengths
 from nemo_opdlm.benchmark.workload import Subject
 
@@ -78,7 +78,7 @@ def compare(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> dict
     at_length = costs(subject, long, plan.pack_to_tokens)
     on_run("counting the head's memory by vocabulary")
     arch = subject.generator.network.arch
-    small, large = (head_memory(arch, vocab_size, HEAD_TOKENS) for vocab_size in VOCABULARIES)
+    small, large = (HeadLoss.of(arch, vocab_size, HEAD_TOKENS).peak_bytes() for vocab_size in VOCABULARIES)
     ours, reference = _run(subject, batch, plan, on_run)
     ratios = sorted(r / o for r, o in zip(reference.seconds, ours.seconds, strict=True))
     needed, spent = needed_flops(arch, batch), {name: cost.flops for name, cost in at_the_mix.items()}
@@ -122,9 +122,8 @@ def make_batch(
     subject: Subject, prompts: torch.Tensor, responses: torch.Tensor, block_size: int, num_states: int = 1
 ) -> TrainingBatch:
     """Rollouts of these lengths in the subject's vocabulary, on its device."""
-    tokens, vocab_size = subject.generator.tokens, subject.generator.network.arch.vocab_size
-    real = min(vocab_size, tokens.mask_token_id) if tokens.mask_token_id > vocab_size // 2 else vocab_size
-    batch = TrainingBatch.of_lengths(prompts, responses, real, tokens.mask_token_id, block_size, num_states)
+    mask_token_id, vocab_size = subject.generator.tokens.mask_token_id, subject.generator.network.arch.vocab_size
+    batch = TrainingBatch.of_lengths(prompts, responses, vocab_size, mask_token_id, block_size, num_states)
     return batch.to(subject.device)
 
 

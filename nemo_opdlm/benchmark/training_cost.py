@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_opdlm.benchmark.training_arms import SPEC, Arms
@@ -82,20 +83,40 @@ def needed_flops(arch: Architecture, batch: TrainingBatch) -> float:
     return 2.0 * (layers + attention + head)
 
 
-def head_memory(arch: Architecture, vocab_size: int, num_tokens: int) -> int:
-    """Peak bytes of our LM head and loss at a vocabulary, their gradients not counted."""
-    tied = replace(arch, vocab_size=vocab_size, num_layers=1, share_embeddings_and_output_weights=True)
-    head = LMHead(build_model(tied, initialize(), AttentionRule.CAUSAL, ModelOptions()))
-    weight = head.model.head_weight()
-    hidden = torch.randn(num_tokens, arch.hidden_size, device=weight.device, requires_grad=True)
-    targets = HiddenTargets(head, torch.randn_like(hidden).detach())
-    rows = torch.arange(num_tokens, device=weight.device)
-    with AllocationProfile() as memory:
-        losses = token_losses(
-            head, hidden, lambda a, b: targets.at(rows[a:b]), SPEC, torch.ones(num_tokens, device=weight.device)
-        )
+@dataclass(frozen=True)
+class HeadLoss:
+    """Our LM head and loss, forward and backward, apart from the layers.
+
+    Attributes:
+        head: at some vocabulary.
+        hidden: hidden states ``[T, hidden]`` of the masked tokens.
+        targets: the teacher's.
+    """
+
+    head: LMHead
+    hidden: Tensor
+    targets: HiddenTargets
+
+    @staticmethod
+    def of(arch: Architecture, vocab_size: int, num_tokens: int) -> "HeadLoss":
+        """With random weights."""
+        tied = replace(arch, vocab_size=vocab_size, num_layers=1, share_embeddings_and_output_weights=True)
+        head = LMHead(build_model(tied, initialize(), AttentionRule.CAUSAL, ModelOptions()))
+        hidden = torch.randn(num_tokens, arch.hidden_size, device=head.model.head_weight().device, requires_grad=True)
+        return HeadLoss(head, hidden, HiddenTargets(head, torch.randn_like(hidden).detach()))
+
+    def run(self) -> None:
+        """Gradients of the loss."""
+        rows = torch.arange(len(self.hidden), device=self.hidden.device)
+        weights = torch.ones(len(self.hidden), device=self.hidden.device)
+        losses = token_losses(self.head, self.hidden, lambda a, b: self.targets.at(rows[a:b]), SPEC, weights)
         losses.loss_sum.backward()  # type: ignore[no-untyped-call]
-    return memory.peak_bytes - 4 * (weight.numel() + hidden.numel())
+
+    def peak_bytes(self) -> int:
+        """Most memory of a first run beside the gradients, which are no working memory."""
+        with AllocationProfile() as memory:
+            self.run()
+        return memory.peak_bytes - 4 * (self.head.model.head_weight().numel() + self.hidden.numel())
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

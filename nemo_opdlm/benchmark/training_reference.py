@@ -7,6 +7,7 @@ backward pass, layer by layer. In the published recipe a row has one state.
 """
 
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,10 @@ class ReferenceUpdate:
     @staticmethod
     def of(model: PreTrainedModel) -> "ReferenceUpdate":
         """With recomputation of every layer."""
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            # Renamed in transformers 5; older versions know only this name.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         return ReferenceUpdate(model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0))

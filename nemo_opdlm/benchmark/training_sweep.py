@@ -9,7 +9,7 @@ import torch
 from nemo_opdlm.benchmark.reference import wait
 from nemo_opdlm.benchmark.training import HEAD_TOKENS, Plan, make_batch, one_row
 from nemo_opdlm.benchmark.training_arms import Arms
-from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, Cost, head_memory
+from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, Cost, HeadLoss
 from nemo_opdlm.benchmark.training_workload import TrainingBatch
 from nemo_opdlm.benchmark.workload import Subject
 
@@ -27,19 +27,19 @@ def sweep(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> list[d
         points.append({"of": name, "size": size, **_both(arms, batch, subject.device)})
     for vocab_size in VOCABULARIES:
         on_run(f"sweep: vocabulary {vocab_size}")
-        points.append({"of": "vocabulary (head)", "size": vocab_size, **_head(subject, vocab_size)})
+        points.append({"of": "vocabulary, head", "size": vocab_size, **_head(subject, vocab_size)})
     return [point | {"num_layers": FEW_LAYERS[0]} for point in points]
 
 
 def _batches(subject: Subject, plan: Plan) -> Iterator[tuple[str, float, TrainingBatch]]:
     for length in LENGTHS:
-        yield "tokens of a row", length, one_row(subject, length, plan)
+        yield "row tokens", length, one_row(subject, length, plan)
     mask_token_id = subject.generator.tokens.mask_token_id
     for share in MASKED_SHARES:
         yield "masked share", share, one_row(subject, 2048, plan).masked(share, mask_token_id)
     for num_states in NUM_STATES:
         lengths = torch.tensor([plan.prompt_len]), torch.tensor([2 * plan.mean_tokens])
-        yield "states of a rollout", num_states, make_batch(subject, *lengths, plan.block_size, num_states)
+        yield "states", num_states, make_batch(subject, *lengths, plan.block_size, num_states)
 
 
 def _both(arms: Arms, batch: TrainingBatch, device: torch.device) -> dict[str, float]:
@@ -57,9 +57,10 @@ def _both(arms: Arms, batch: TrainingBatch, device: torch.device) -> dict[str, f
 
 
 def _head(subject: Subject, vocab_size: int) -> dict[str, float]:
-    arch, peaks = subject.generator.network.arch, []
-    seconds = _seconds(lambda: peaks.append(head_memory(arch, vocab_size, HEAD_TOKENS)), subject.device)
-    return {"ms_per_useful_token": 1e3 * seconds / HEAD_TOKENS, "peak_mib": peaks[0] / 2**20}
+    head = HeadLoss.of(subject.generator.network.arch, vocab_size, HEAD_TOKENS)
+    peak = head.peak_bytes()
+    seconds = _seconds(head.run, subject.device)
+    return {"ms_per_useful_token": 1e3 * seconds / HEAD_TOKENS, "peak_mib": peak / 2**20}
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

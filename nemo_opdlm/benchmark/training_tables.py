@@ -40,10 +40,11 @@ def arm_table(figures: Mapping[str, Any]) -> Table:
 
 def sweep_table(points: Sequence[Mapping[str, Any]]) -> Table:
     """Cost by size."""
-    table = Table(title=f"sweep, {points[0]['num_layers']} layers", title_justify="left")
-    table.add_column("of")
-    for name in ("size", "ours, ms", "published / ours", "ours, MiB", "published / ours"):
-        table.add_column(name, justify="right")
+    title = f"sweep, {points[0]['num_layers']} layers: ours, and the published recipe over ours"
+    table = Table(title=title, title_justify="left")
+    table.add_column("of", no_wrap=True)
+    for name in ("size", "ms", "time ratio", "MiB", "memory ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         table.add_row(
             point["of"],

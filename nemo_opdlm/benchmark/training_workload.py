@@ -41,16 +41,17 @@ class TrainingBatch:
 
     def masked(self, share: float, mask_token_id: int) -> "TrainingBatch":
         """The same rollouts with this share of the response masked, evenly spread over each state."""
-        positions = torch.arange(self.trajectory.token_ids.shape[1])
+        ids = self.trajectory.token_ids
+        positions = torch.arange(ids.shape[1], device=ids.device)
         draw = uniform(0, Stream.NOISE, 1, self.trajectory.sample_ids[:, None], positions)
         is_masked = (self.trajectory.is_response & (draw <= share))[:, None].expand_as(self.states.state_ids)
-        ids = self.trajectory.token_ids[:, None].expand_as(is_masked).masked_fill(is_masked, mask_token_id)
-        return TrainingBatch(self.trajectory, DenoisingState(ids, is_masked, self.states.num_states))
+        state_ids = ids[:, None].expand_as(is_masked).masked_fill(is_masked, mask_token_id)
+        return TrainingBatch(self.trajectory, DenoisingState(state_ids, is_masked, self.states.num_states))
 
     def one_state_a_row(self) -> "TrainingBatch":
         """The same states, each in a row of its own."""
         num_states = self.states.state_ids.shape[1]
-        rows = torch.arange(len(self.trajectory)).repeat_interleave(num_states)
+        rows = torch.arange(len(self.trajectory), device=self.states.state_ids.device).repeat_interleave(num_states)
         ids, masks = self.states.state_ids.flatten(0, 1)[:, None], self.states.loss_mask.flatten(0, 1)[:, None]
         return TrainingBatch(self.trajectory.index(rows), DenoisingState(ids, masks, torch.ones_like(rows)))
 
