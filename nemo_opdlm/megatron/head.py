@@ -27,11 +27,13 @@ from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax, local_columns
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 3 * 2**30}
 
 
-def _bytes_per_logit(spec: DivergenceSpec) -> int:
+def bytes_per_logit(spec: DivergenceSpec) -> int:
     """Bytes alive at the peak of a chunk for each of its logits, gradient and teacher's logits included; as measured."""
     if spec.kind is DivergenceKind.nll:
         return 17
-    return 22 if spec.top_k else {DivergenceKind.mixed: 47, DivergenceKind.jsd: 72}.get(spec.kind, 38)
+    if spec.top_k:
+        return 22 if spec.kind is DivergenceKind.jsd else 18
+    return {DivergenceKind.mixed: 47, DivergenceKind.jsd: 72}.get(spec.kind, 38)
 
 
 class LMHead:
@@ -53,7 +55,7 @@ class LMHead:
     def chunk_rows(self, spec: DivergenceSpec) -> int:
         """Rows of logits to compare at a time, for `CHUNK_BYTES` at their peak."""
         weight = self.model.head_weight()
-        return max(1, CHUNK_BYTES[weight.device.type] // (_bytes_per_logit(spec) * weight.shape[0]))
+        return max(1, CHUNK_BYTES[weight.device.type] // (bytes_per_logit(spec) * weight.shape[0]))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_opdlm.config import Architecture, Config, ModelConfig, validate_architecture, validate_layout
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
 from nemo_opdlm.megatron.attention import DENSE_LENGTH
 from nemo_opdlm.megatron.flex import SMALLEST_HEAD
-from nemo_opdlm.megatron.head import CHUNK_ELEMENTS
+from nemo_opdlm.megatron.head import CHUNK_BYTES, bytes_per_logit
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.models.conversion import checkpoint_architecture
 from nemo_opdlm.models.memory_moments import Moment, RowLimits, RunPlan, StagePlan
 from nemo_opdlm.models.memory_sizes import FP32, Kernel, NetworkSizes, Tokens
 from nemo_opdlm.models.settings import model_options, teacher_options, teacher_rows
 
-#: Logits in fp32 that a chunk of the head holds at its peak, in its backward pass: student's, teacher's, and the terms between.
-_LOGITS = {"forward_kl": 8.25, "reverse_kl": 8.25, "mixed": 11.5, "jsd": 16.75, "nll": 4.0}
-#: The same where the teacher has been reduced to its top-k ids, whatever the divergence; and where it is.
+#: Logits in fp32 that are held where the teacher is reduced to its top-k ids.
 _TOP_K_LOGITS = 4.25
 #: The same of a proposal, without and with a nucleus filter.
 _PROPOSAL_LOGITS, _NUCLEUS_LOGITS = 3.0, 5.5
@@ -196,12 +195,18 @@ class _Planner:
         network, block = (self._teacher, 1) if by_teacher else (self._student, opdlm.block_size)
         batches, slots = self._batches()
         cached = self._moment("rollout", student_works=not by_teacher, teacher_works=by_teacher)
-        cached = replace(cached, cache=batches * network.cache(slots, row.blocks))
+        cached = replace(
+            cached,
+            parameters=cached.parameters + network.cast_in_rollouts(),
+            cache=batches * network.cache(slots, row.blocks),
+        )
         prefix = max(0, row.prompt // block * block - block)
         prompts = Tokens(slots, prefix, Kernel.DENSE, prefix)
-        prefill = prompts.mask_elements + network.forward_workspace(prompts)
+        prefill = prompts.mask_elements + network.forward_workspace(prompts, is_lean=network.is_lean)
         # Two blocks of a row go through the layers, of which the second is proposed for.
-        forward = network.forward_workspace(Tokens(slots, 2 * block, Kernel.DENSE, row.blocks))
+        forward = network.forward_workspace(
+            Tokens(slots, 2 * block, Kernel.DENSE, row.blocks), is_lean=network.is_lean
+        )
         heads_per_group = network.queries // network.keys
         mask = slots * 2 * block * heads_per_group * row.blocks
         factor = _PROPOSAL_LOGITS if rollout.top_p == 1 else _NUCLEUS_LOGITS
@@ -346,16 +351,13 @@ class _Planner:
     def _head(self, during: Moment, kept: int) -> Moment:
         student, rows = self._student, self._supervised
         chunk = min(rows, self._chunk_rows(student))
-        opdlm = self._model.opdlm
-        factor = _TOP_K_LOGITS if opdlm.divergence_top_k else _LOGITS[opdlm.divergence]
-        # Of several chunks the head's gradient is summed up.
-        is_summed = rows > chunk
         return replace(
             during,
             name="update: head",
-            gradients=during.gradients + student.vocab_weights * student.weight_bytes * is_summed,
+            # Summed up in fp32 over the chunks.
+            gradients=during.gradients + student.vocab_weights * FP32,
             activations=kept + rows * self.student_arch.hidden_size * student.weight_bytes,
-            logits=int(factor * chunk * student.vocab * FP32),
+            logits=bytes_per_logit(self._divergence) * chunk * student.vocab,
         )
 
     def _kept(self, student: NetworkSizes, tokens: Tokens) -> int:
@@ -395,5 +397,10 @@ class _Planner:
         return student.parameters * FP32 // (self._data_size if self._model.optim.distributed else 1)
 
     def _chunk_rows(self, network: NetworkSizes) -> int:
-        elements: int = CHUNK_ELEMENTS["cuda" if self.on_gpu else "cpu"]
-        return max(1, elements // network.vocab)
+        budget: int = CHUNK_BYTES["cuda" if self.on_gpu else "cpu"]
+        return max(1, budget // (bytes_per_logit(self._divergence) * network.vocab))
+
+    @property
+    def _divergence(self) -> DivergenceSpec:
+        opdlm = self._model.opdlm
+        return DivergenceSpec(DivergenceKind(opdlm.divergence), top_k=opdlm.divergence_top_k)

@@ -275,10 +275,19 @@ class NetworkSizes:
 
     # -- what is there for a while --
 
-    def forward_workspace(self, tokens: Tokens) -> int:
+    @property
+    def is_lean(self) -> bool:
+        """Whether rollouts run `inference.forward_chunk` instead of Megatron's layers."""
+        return self.tp == 1 and not self.fuses_norms
+
+    def cast_in_rollouts(self) -> int:
+        """Layers' weights as autocast has cast them, once for all forwards of a rollout."""
+        return self.layers * self._products * self.value_bytes * (self.is_lean and self.value_bytes < self.weight_bytes)
+
+    def forward_workspace(self, tokens: Tokens, *, is_lean: bool = False) -> int:
         """A layer at work without gradients: in the SwiGLU layer, or in attention."""
         value = self.value_bytes
-        swiglu = tokens.count * value * (5 * self.ffn + 2 * self.arch.hidden_size + 2 * self.residual)
+        swiglu = tokens.count * value * ((4 if is_lean else 5) * self.ffn + 2 * self.arch.hidden_size + 2 * self.residual)
         attention = tokens.count * value * (4 * self.queries + 4 * self.keys + 2 * self.arch.hidden_size)
         # What the chunks return, before it is joined.
         parts = tokens.count * value * self.queries * (tokens.chunk_elements > 0)
