@@ -38,7 +38,9 @@ def same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             if not key.endswith("_s"):
-                assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (ours["global_step"], key)
+                # How far training and rollout lie apart is nothing but rounding, which layouts do change.
+                tolerance = 1e-4 if "logprob_gap" in key else 1e-6
+                assert ours[key] == pytest.approx(value, rel=1e-4, abs=tolerance), (ours["global_step"], key)
 
 
 @pytest.fixture(scope="module")
