@@ -69,7 +69,7 @@ class RolloutConfig:
         domain_caps: length limits by the prompts' `domain`, in tokens.
         max_batch_size: sequences denoised together on one data-parallel rank, and pipeline stage.
         max_batch_tokens: tokens that the cache of one rank may hold; null = as many as max_batch_size sequences need.
-        cuda_graphs: answer a rollout's forwards from CUDA graphs; "auto" = on a GPU without pipeline parallelism.
+        cuda_graphs: answer a rollout's forwards from CUDA graphs; "auto" = where one GPU holds the whole network.
         end_token_ids: ids that end a response; null = the tokenizer's.
     """
 

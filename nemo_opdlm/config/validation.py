@@ -137,11 +137,12 @@ def _method(config: Config) -> None:
 def _rollout(config: Config) -> None:
     opdlm, rollout = config.model.opdlm, config.model.opdlm.rollout
     if rollout.cuda_graphs is True:
-        if config.model.pipeline_model_parallel_size > 1:
-            raise ValueError(
-                "model.opdlm.rollout.cuda_graphs=True contradicts model.pipeline_model_parallel_size="
-                f"{config.model.pipeline_model_parallel_size}: graphs hold a whole network; use 'auto' or False"
-            )
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if (size := getattr(config.model, key)) > 1:
+                raise ValueError(
+                    f"model.opdlm.rollout.cuda_graphs=True contradicts model.{key}={size}: a graph holds a whole network; "
+                    "use 'auto' or False"
+                )
         if find_machine(config.trainer.accelerator).capability is None:
             raise ValueError("model.opdlm.rollout.cuda_graphs=True needs a GPU; use 'auto' or False")
     if not 1 <= opdlm.denoising_steps <= opdlm.block_size:

@@ -358,7 +358,10 @@ class Canvas:
         self._num_forwards += 1
         self._num_row_forwards += int((~self.slots.is_free).sum())
         host_rows, starts = self.slots.row[host_slots], self.slots.start[host_slots]
-        rows, slots = torch.stack([host_rows, host_slots]).to(self.device)
+        on_host = torch.stack([host_rows, host_slots])
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()  # a copy from other memory would wait for the forward before
+        rows, slots = on_host.to(self.device, non_blocking=True)
         # A row that is finished, of which the host may not have heard, takes part in no forward.
         self.num_forwards[rows] += self.response_len[rows] == 0
         return Blocks(

@@ -181,7 +181,9 @@ class MegatronDenoiser:
         packed_positions = position_ids[row, column]
         # A prompt has queries enough of its own, and its mask is large.
         heads = self._heads_per_group if query.uniform is not None else 1
-        may_attend = self._may_attend(query).repeat(1, 1, heads, 1)
+        may_attend = self._may_attend(query)
+        if heads > 1:
+            may_attend = may_attend.repeat(1, 1, heads, 1)
         cached = CachedQuery(query.slots, row, column, packed_positions, may_attend, heads, is_full)
         # What fills up the packed tokens reaches no cache.
         filler = (0, -row.numel() % self.model.token_multiple)

@@ -20,6 +20,8 @@ def suits(model: StagedGPT) -> bool:
     """Whether `forward_chunk` computes what the network does: layers of Megatron's local spec, whole, as we configure them."""
     options = model.options
     is_ours = all(key.startswith("recompute_") for key in options.transformer_config)
+    # Under autocast Megatron adds biases in fp32, outside of the layers they belong to.
+    is_ours &= not (model.arch.bias and options.autocast_dtype is not None)
     return model.parallel.tp_size == 1 and not options.transformer_engine and options.token_multiple == 1 and is_ours
 
 

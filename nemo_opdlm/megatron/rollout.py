@@ -186,7 +186,8 @@ class RolloutEngine:
             self.forbidden,
             fixed_shapes=runs_ahead,
         )
-        has_graphs = self.cuda_graphs and prompt_ids.is_cuda and runs_ahead and self.model.parallel.pp_size == 1
+        is_whole = self.model.parallel.pp_size * self.model.parallel.tp_size == 1
+        has_graphs = self.cuda_graphs and prompt_ids.is_cuda and runs_ahead and is_whole
         return Flight(
             sampler(*requests, settings, on_progress, num_slots, runs_ahead),
             denoiser,

@@ -255,7 +255,7 @@ def build_model(
     """
     config = transformer_config(arch, parallel, options)
     assert arch.kv_channels is not None
-    inv_freq = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
+    inv_freq = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling).to(parallel.device)
     suits_flex = parallel.device.type == "cuda" and arch.kv_channels >= SMALLEST_HEAD
     uses_flex = options.attention == "flex" or (options.attention == "auto" and suits_flex)
     context = AttentionContext(rule, inv_freq, parallel.groups.cp, uses_flex)
