@@ -32,7 +32,8 @@ class Query(NamedTuple):
         position_ids: int64 ``[A, Q]``; negative where a token is to be computed with the others, but to leave no trace.
         valid: bool ``[A, Q]`` on the host, which places hold a token.
         num_keys: no position of the query is as large.
-        uniform: ``[A, b]``, random numbers of the proposals.
+        uniform: ``[A, b]``, random numbers of the proposals; in `speculate`, whose queries are laid out otherwise,
+            ``[A, 2b - 1]``.
     """
 
     slots: Tensor
