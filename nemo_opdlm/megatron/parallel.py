@@ -1,5 +1,6 @@
 """The parallel groups of one process: created here, passed explicitly to whoever needs them."""
 
+import gc
 import os
 import tempfile
 from dataclasses import dataclass
@@ -170,7 +171,9 @@ def destroy() -> None:
     if not parallel_state.model_parallel_is_initialized():
         return
     parallel_state.destroy_model_parallel()
-    # Megatron forgets its groups without closing them: some fifty threads and eighty file descriptors each time.
+    # Megatron forgets its groups without closing them: some fifty threads and eighty file descriptors each time. They
+    # end with the last reference to their group, and Megatron's hooks keep wrapped networks in cycles.
+    gc.collect()
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -1,5 +1,6 @@
 """Real processes for tests of parallel code: started once, talking over Gloo and a file store, given one function at a time."""
 
+import gc
 import os
 import tempfile
 import time
@@ -112,9 +113,12 @@ def _serve(rank: int, size: int, store: str, timeout_s: float, connection: Conne
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
     )
     connection.send((None, None))
+    function, args = connection.recv()
+    # What the function's module has imported stays: a collection between two layouts need not look at it.
+    gc.freeze()
     while True:
-        function, args = connection.recv()
         try:
             connection.send((function(*args), None))
         except BaseException:
             connection.send((None, traceback.format_exc()))
+        function, args = connection.recv()
