@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_opdlm.benchmark.reference import ReferenceLoop, wait
+from nemo_opdlm.benchmark.reference import ReferenceLoop
+from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.workload import Subject, Workload
 from nemo_opdlm.diffusion.sampler import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -80,7 +81,7 @@ def reference(
 
     seconds, token_ids = _timed(run, subject)
     counts = loop.counts
-    padding = 1 - counts.num_useful / counts.num_places
+    padding = 1 - int(counts.num_useful) / counts.num_places
     return Outcome(
         seconds, work.num_tokens, counts.num_forwards, padding, counts.model_seconds / seconds, token_ids
     )
@@ -138,7 +139,8 @@ class _ForwardCounts:
     """Counts the forwards of our engine, and the places in them that hold no token."""
 
     def __init__(self) -> None:
-        self.num_forwards = self._places = self._padding = 0
+        self.num_forwards = self._places = 0
+        self._tokens: Tensor | int = 0  # stays on the device, which is not to be waited for
 
     def __enter__(self) -> None:
         pack = self._pack = MegatronDenoiser._pack
@@ -148,8 +150,10 @@ class _ForwardCounts:
             self.num_forwards += 1
             self._places += forward.token_ids.numel()
             # On a GPU rows that are finished, and blocks that are cached already, are computed with the others.
-            is_token = query.valid.to(query.position_ids.device) & (query.position_ids >= 0)
-            self._padding += forward.token_ids.numel() - int(is_token.sum())
+            is_token = query.position_ids >= 0
+            if not bool(query.valid.all()):
+                is_token &= query.valid.to(is_token.device)
+            self._tokens = self._tokens + is_token.sum()
             return forward
 
         MegatronDenoiser._pack = counting  # type: ignore[method-assign]
@@ -160,4 +164,4 @@ class _ForwardCounts:
     @property
     def padding_share(self) -> float:
         """Share of the places without a token."""
-        return self._padding / self._places
+        return 1 - int(self._tokens) / self._places

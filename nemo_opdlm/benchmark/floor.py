@@ -1,10 +1,10 @@
 """What a rollout cannot do without: FLOPs and bytes of a response token, and what this machine makes of them."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+from nemo_opdlm.benchmark.timing import best_seconds
 from nemo_opdlm.benchmark.workload import Workload
 from nemo_opdlm.config import Architecture
 
@@ -28,8 +28,8 @@ class Machine:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
         target = torch.empty_like(source)
-        flops = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
-        bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+        flops = 2 * size**3 / best_seconds(lambda: torch.mm(a, b), device)
+        bandwidth = 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
         return Machine(flops, bandwidth)
 
 
@@ -65,19 +65,3 @@ class Floor:
     def seconds(self, machine: Machine) -> float:
         """Time of a token on a machine that is kept busy by one of the two."""
         return max(self.flops / machine.flops, self.num_bytes / machine.bandwidth)
-
-
-def _best_seconds(run: object, device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(6):
-        _wait(device)
-        start = time.perf_counter()
-        run()  # type: ignore[operator]
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

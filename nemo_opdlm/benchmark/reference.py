@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.workload import Subject, Workload
 from nemo_opdlm.diffusion.proposal import Proposal, propose
 from nemo_opdlm.diffusion.remasking import positions_to_reveal, quota
@@ -28,13 +29,13 @@ class Counts:
     Attributes:
         num_forwards: calls of the network.
         num_places: token places that went through it.
-        num_useful: those that belong to a row that was not finished, prompt tokens included.
+        num_useful: those that belong to a row that was not finished, prompt tokens included; stays on the device.
         model_seconds: time inside the network.
     """
 
     num_forwards: int = 0
     num_places: int = 0
-    num_useful: int = 0
+    num_useful: Tensor | int = 0
     model_seconds: float = 0.0
 
 
@@ -135,7 +136,7 @@ class _Batch:
         counts.num_forwards += 1
         counts.num_places += position_ids.numel()
         is_open = position_ids[:, -size, None] < self.limit_end[:, None]
-        counts.num_useful += int(((position_ids >= 0) & is_open).sum())
+        counts.num_useful = counts.num_useful + ((position_ids >= 0) & is_open).sum()
         wait(self.model.device)
         start = time.perf_counter()
         logits: Tensor = self.model(
@@ -154,9 +155,3 @@ class _Batch:
         """Response tokens, row after row."""
         is_response = (self.positions >= self.prompt_len[:, None]) & (self.positions < self.limit_end[:, None])
         return self.token_ids[is_response]
-
-
-def wait(device: torch.device) -> None:
-    """Let what was asked of a GPU be done, so that it is timed where it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

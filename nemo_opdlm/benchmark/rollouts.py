@@ -11,13 +11,11 @@ from nemo_opdlm.benchmark import arms
 from nemo_opdlm.benchmark.arms import Outcome
 from nemo_opdlm.benchmark.floor import Floor, Machine
 from nemo_opdlm.benchmark.profile import time_shares
+from nemo_opdlm.benchmark.timing import LEAST_MODEL_SHARE
 from nemo_opdlm.benchmark.workload import Subject, Workload
 from nemo_opdlm.diffusion.remasking import RemaskingStrategy
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.memory import AllocationProfile
-
-#: A baseline that spends less of its time in the network than this is no measure of anything.
-LEAST_MODEL_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def compare(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> dict
         plan: sizes.
         on_run: told what is run next.
     """
-    vocab_size, settings = subject.forbidden.numel() - 64, subject.settings(plan.block_size)
+    vocab_size, settings = subject.forbidden.numel(), subject.settings(plan.block_size)
     equal = Workload.equal(plan.batch_size, plan.prompt_len, plan.new_tokens, vocab_size)
     mix = Workload.mix(2 * plan.batch_size, plan.prompt_len, plan.new_tokens, vocab_size)
     few = equal.first(2, 32)
@@ -196,7 +194,7 @@ def tokens_per_forward(trajectory: Trajectory) -> dict[str, float]:
 
 def sweep(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> list[dict[str, float]]:
     """Cost of a token against batch size and response length, beside the published loop at the same size."""
-    settings, vocab_size = subject.settings(plan.block_size), subject.forbidden.numel() - 64
+    settings, vocab_size = subject.settings(plan.block_size), subject.forbidden.numel()
     points = [(rows, 32) for rows in (1, 2, 4, 8, 16, 32, 64)] + [(4, length) for length in (64, 128, 256, 512, 1024)]
     rows_of_table = []
     for rows, length in points:

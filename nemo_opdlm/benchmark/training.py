@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from nemo_opdlm.benchmark.floor import Machine
-from nemo_opdlm.benchmark.reference import wait
+from nemo_opdlm.benchmark.timing import LEAST_MODEL_SHARE, wait
 from nemo_opdlm.benchmark.training_arms import Arms
 from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, HeadLoss, costs, needed_flops
 from nemo_opdlm.benchmark.training_workload import TrainingBatch, mixed_lengths, prompt_lengths
 from nemo_opdlm.benchmark.workload import Subject
 
-#: A baseline that spends less of its time in the network than this is no measure of anything.
-LEAST_MODEL_SHARE = 0.85
 #: Largest relative difference of the two arms' losses, in fp32.
 LOSS_TOLERANCE = 1e-4
 #: Vocabularies between which the head's memory is to stay the same, and the tokens it is measured with.

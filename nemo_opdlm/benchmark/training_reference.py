@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_opdlm.benchmark.reference import wait
+from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.training_workload import TrainingBatch
 from nemo_opdlm.diffusion.layout import TwoStreamRows, row_layout, two_stream_rows
 from nemo_opdlm.diffusion.masks import CLEAN_STREAM, PADDING_DOCUMENT, AttentionRule, TokenAttributes, dense

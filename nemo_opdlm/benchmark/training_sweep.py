@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_opdlm.benchmark.reference import wait
+from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.training import HEAD_TOKENS, Plan, make_batch, one_row
 from nemo_opdlm.benchmark.training_arms import Arms
 from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, Cost, HeadLoss
