@@ -52,7 +52,7 @@ class Denoiser(Protocol):
         ...
 
     def propose(self, query: Query) -> Proposal:
-        """Propose tokens for a block, ``[A, b]``; read at its masks only."""
+        """Propose tokens where the query has random numbers; those for a block are read at its masks only."""
         ...
 
 
@@ -423,10 +423,12 @@ class Canvas:
     def query(self, blocks: Blocks) -> Query:
         """``[pending | block]``, or the blocks alone where nothing is pending."""
         rows, positions = blocks.rows, blocks.positions
+        if self.late_reads:
+            positions = torch.where(self.response_len[rows, None] == 0, positions, -1)
         valid = torch.ones(positions.shape, dtype=torch.bool)
         if bool(blocks.is_pending.any()):
             valid = torch.cat([valid & blocks.is_pending[:, None], valid], 1)
-            pending = torch.where(self.has_pending[rows, None], positions - self.block_size, -1)
+            pending = torch.where(self.has_pending[rows, None], blocks.positions - self.block_size, -1)
             positions = torch.cat([pending, positions], 1)
         token_ids = self.token_ids[rows[:, None], positions.clamp(min=0)]
         uniform = self.uniform(Stream.PROPOSAL, blocks)

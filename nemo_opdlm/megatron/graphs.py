@@ -15,6 +15,8 @@ _logger = logging.getLogger(__name__)
 
 #: Runs a piece of work once, and returns how to do it again on the same memory, and what it returned.
 Capture = Callable[[Callable[[], Proposal]], tuple[Callable[[], None], Proposal]]
+#: What the work of a forward depends on: the number of keys that it reads, and the shapes of its tensors.
+Shape = tuple[int | torch.Size, ...]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class ForwardGraphs:
     def __init__(self, answer: Callable[[Forward], Proposal], capture: Capture | None = None) -> None:
         self._answer = answer
         self._capture = capture or CudaCapture()
-        self._graphs: dict[tuple[torch.Size, ...], _Captured] = {}
-        self._seen: Counter[tuple[torch.Size, ...]] = Counter()
+        self._graphs: dict[Shape, _Captured] = {}
+        self._seen: Counter[Shape] = Counter()
         self._is_given_up = False
 
     def __call__(self, forward: Forward) -> Proposal:
         """Proposals of a forward; they are overwritten by the next one of the same shapes."""
-        key = tuple(tensor.shape for tensor in forward.tensors())
+        key = (forward.cached.num_keys, *(tensor.shape for tensor in forward.tensors()))
         self._seen[key] += 1
         if self._is_given_up or self._seen[key] == 1:
             return self._answer(forward)
@@ -58,7 +60,7 @@ class ForwardGraphs:
         captured.replay()
         return captured.proposal
 
-    def _add(self, key: tuple[torch.Size, ...], forward: Forward) -> bool:
+    def _add(self, key: Shape, forward: Forward) -> bool:
         inputs = forward.map(Tensor.clone)
         try:
             replay, proposal = self._capture(lambda: self._answer(inputs))
@@ -80,6 +82,7 @@ class CudaCapture:
     def __call__(self, run: Callable[[], Proposal]) -> tuple[Callable[[], None], Proposal]:
         """Capture; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # A checkpoint that another thread is writing may use CUDA all the while.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             proposal = run()
         return graph.replay, proposal

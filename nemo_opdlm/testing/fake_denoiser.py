@@ -83,6 +83,9 @@ class FakeDenoiser:
         self.forwards.append(Call.of(query))
         logits = []
         for row, tokens, positions in queries(self.forwards[-1]):
+            if not tokens:  # the row is finished, and what is proposed for it is not read
+                logits.append(torch.zeros(self.block_size, self.vocab_size))
+                continue
             block, at = tokens[-self.block_size :], positions[-self.block_size :]
             if positions[0] == 0:
                 self.chains.pop(row, None)
@@ -106,7 +109,7 @@ class FakeDenoiser:
             (positions[-self.block_size], tuple(tokens[-self.block_size :]))
             for call in self.forwards
             for of, tokens, positions in queries(call)
-            if of == row
+            if of == row and tokens
         ]
 
     def _commit(self, row: int, tokens: list[int], positions: list[int]) -> None:
