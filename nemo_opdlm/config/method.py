@@ -129,9 +129,10 @@ class OPDLMConfig:
         states_per_rollout: states drawn per response, sharing its clean stream.
         normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
         exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
-        attention: kernel of training and teacher passes. `flex` = FlexAttention, compiled, on a GPU; `sdpa` = short rows at once,
-            others chunk by chunk, over the keys that a chunk sees; `auto` = `flex` on a GPU, for heads of at least 16, else
-            `sdpa`. Context-parallel ranks and rollouts use `sdpa` always; `split` is not available.
+        attention: kernel of training, teacher passes and rollouts. `flex` = FlexAttention, compiled, on a GPU; `sdpa` = short
+            rows at once, others chunk by chunk, over the keys that a chunk sees; `auto` = `flex` on a GPU, for heads of at
+            least 16, else `sdpa`. Rows that context-parallel ranks share and a rollout's prompts use `sdpa` always; `split` is
+            not available.
         pack_to_tokens: rows of different lengths share a micro-batch of at most so many tokens, end to end, and
             `micro_batch_size` has no say; it has to hold the longest row. null = rows are padded to the longest of their
             micro-batch.

@@ -106,6 +106,13 @@ def dense(rule: AttentionRule, query: TokenAttributes, key: TokenAttributes) -> 
     return _may_attend(_PREDICATES[rule], q, k)
 
 
+def last_visible(rule: AttentionRule, position_ids: Tensor, block_size: int) -> Tensor:
+    """The last position that each clean token sees by the rule in its own document, all of whose earlier ones it sees."""
+    if rule is AttentionRule.CAUSAL:
+        return position_ids
+    return position_ids // block_size * block_size + block_size - 1
+
+
 def may_be_seen(query: TokenAttributes, key: TokenAttributes) -> Tensor:
     """Keys bool ``[B, Nk]`` that any of the queries ``[B, Nq]`` could see by any rule: a bound on `dense`, at no cost per pair.
 

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks, gather_sequence
-from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask
+from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask, cached_block_mask
 from nemo_opdlm.megatron.rotary import cos_sin, rotate
 
 #: Tokens of a row up to which it is attended at once.
@@ -32,13 +32,13 @@ class AttentionPlan:
 
     Attributes:
         cos, sin: rotation by position, of this rank's tokens.
-        mask: who may attend to whom. Dense for short rows (True = may attend), in tiles for FlexAttention, else in chunks over
-            the keys of all context-parallel ranks; None beside a cache, which has its own.
+        mask: who may attend to whom. Dense for short rows (True = may attend) and caches, in tiles for FlexAttention, else in
+            chunks over the keys of all context-parallel ranks.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | BlockMask | MaskChunks | None
+    mask: Tensor | BlockMask | MaskChunks
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,30 @@ class CachedQuery:
         slots: ``[A]`` cache slot of each row.
         token_row, token_column: ``[T]`` place of each packed token in the ``[A, Q]`` query.
         position_ids: ``[T]`` absolute position of each packed token, where its key and value are written.
-        may_attend: bool ``[A, 1, heads * Q, K]`` over the first K cache positions.
+        last_visible: ``[A, Q]`` the last position of its slot that each query token sees; it sees all before it.
+        num_keys: no token sees as large a position.
         heads: query heads of a group that are attended as further rows of one head: a group's keys are then read once.
             1: not so, the kernel pairs heads and groups.
         is_full: whether every place of the query holds a token, T = A * Q.
+        in_tiles: whether FlexAttention reads the cache where it lies.
     """
 
     slots: Tensor
     token_row: Tensor
     token_column: Tensor
     position_ids: Tensor
-    may_attend: Tensor
+    last_visible: Tensor
+    num_keys: int
     heads: int
     is_full: bool
+    in_tiles: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "CachedQuery":
         """The query with all its tensors replaced."""
-        tensors = (self.slots, self.token_row, self.token_column, self.position_ids, self.may_attend)
-        return CachedQuery(*(function(tensor) for tensor in tensors), self.heads, self.is_full)
+        tensors = (self.slots, self.token_row, self.token_column, self.position_ids, self.last_visible)
+        return CachedQuery(
+            *(function(tensor) for tensor in tensors), self.num_keys, self.heads, self.is_full, self.in_tiles
+        )
 
 
 class KVCache:
@@ -84,21 +90,32 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``key``/``value [T, groups, head_dim]`` and return the visible ``[A, groups, K, head_dim]`` of the rows."""
+        """Write ``key``/``value [T, groups, head_dim]``; the visible ``[A, groups, K, head_dim]`` of the rows, or of all slots
+        their whole length where they are read in tiles.
+        """
         assert self.query is not None
         if layer_number not in self._layers:
             shape = (self.num_slots, key.shape[1], self.length + 1, key.shape[2])
             self._layers[layer_number] = (key.new_zeros(shape), value.new_zeros(shape))
-        slots = self.query.slots
-        visible = self.query.may_attend.shape[-1]
+        slots, in_tiles = self.query.slots, self.query.in_tiles
+        visible = self.length + 1 if in_tiles else self.query.num_keys
         token_slot = slots[self.query.token_row]
-        all_slots = slots.shape[0] == self.num_slots
+        all_slots = in_tiles or slots.shape[0] == self.num_slots
         views = []
         for store, new in zip(self._layers[layer_number], (key, value), strict=True):
             store[token_slot, :, self.query.position_ids] = new
             # Rows keep the order of their slots, so a full batch reads the store without a copy.
             views.append(store[:, :, :visible] if all_slots else store[slots, :, :visible])
         return views[0], views[1]
+
+    def mask(self) -> Tensor | BlockMask:
+        """Who sees which key of its slot: in tiles, or bool ``[A, 1, heads * Q, num_keys]``."""
+        query = self.query
+        assert query is not None
+        if query.in_tiles:
+            return cached_block_mask(query.slots, query.last_visible, self.num_slots, self.length + 1)
+        keys = torch.arange(query.num_keys, device=query.last_visible.device)
+        return (keys <= query.last_visible[:, :, None]).repeat(1, query.heads, 1)[:, None]
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[slots, groups, length + 1, head_dim]`` of a layer (from 1) that has been written."""
@@ -183,9 +200,8 @@ class AttentionContext:
     def _make_plan(self, stacked: Tensor) -> AttentionPlan:
         position_ids = TokenAttributes.unstack(stacked).position_ids
         cos, sin = cos_sin(self.inv_freq.to(stacked.device), position_ids.transpose(0, 1))
-        return AttentionPlan(
-            cos.unsqueeze(2), sin.unsqueeze(2), None if self.cache is not None else self._mask(stacked)
-        )
+        mask = self._mask(stacked) if self.cache is None else self.cache.mask()
+        return AttentionPlan(cos.unsqueeze(2), sin.unsqueeze(2), mask)
 
     def _mask(self, stacked: Tensor) -> Tensor | BlockMask | MaskChunks:
         tokens = TokenAttributes.unstack(stacked)
@@ -240,7 +256,7 @@ class BlockDiffusionAttention(torch.nn.Module):
         plan = self.context.plan(attention_mask)
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
         if self.context.cache is not None:
-            return self.attend_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), self.context.cache)
+            return self.attend_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan.mask)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if isinstance(plan.mask, MaskChunks):
             out = attend_in_chunks(query, key, value, plan.mask, self.softmax_scale, self.context.split_group)
@@ -250,14 +266,26 @@ class BlockDiffusionAttention(torch.nn.Module):
             out = self._attend(query, key, value, plan.mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache) -> Tensor:
-        """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``; filler gets 0."""
+    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | MaskChunks) -> Tensor:
+        """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``; filler gets 0.
+
+        ``mask`` is the cache's, as the plan holds it.
+        """
+        cache = self.context.cache
+        assert cache is not None and cache.query is not None and not isinstance(mask, MaskChunks)
         step = cache.query
-        assert step is not None
         num_tokens, num_filler = step.token_row.numel(), query.shape[0] - step.token_row.numel()
         query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
-        cached_key, cached_value = cache.update(self.layer_number, key, value)
-        num_rows, width = step.may_attend.shape[0], step.may_attend.shape[2] // step.heads
+        keys, values = cache.update(self.layer_number, key, value)
+        if isinstance(mask, BlockMask):
+            out = self._attend_in_place(query, keys, values, mask, step)
+        else:
+            out = self._attend_rows(query, keys, values, mask, step)
+        return (F.pad(out, (0, 0, 0, num_filler)) if num_filler else out).unsqueeze(1)
+
+    def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, step: CachedQuery) -> Tensor:
+        """``[T, heads * head_dim]`` from the visible keys of the rows."""
+        num_rows, width = step.last_visible.shape
         if step.is_full:
             padded = query.view(num_rows, width, *query.shape[1:])
         else:
@@ -265,10 +293,19 @@ class BlockDiffusionAttention(torch.nn.Module):
             padded[step.token_row, step.token_column] = query
         # [A, Q, heads, head_dim] -> [A, heads, Q, head_dim], or [A, groups, heads of a group * Q, head_dim].
         padded = padded.unflatten(2, (-1, step.heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = self._attend(padded, cached_key, cached_value, step.may_attend)
+        out = self._attend(padded, keys, values, mask)
         out = out.unflatten(2, (step.heads, width)).permute(0, 3, 1, 2, 4).flatten(2)
-        out = out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
-        return (F.pad(out, (0, 0, 0, num_filler)) if num_filler else out).unsqueeze(1)
+        return out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
+
+    def _attend_in_place(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, step: CachedQuery
+    ) -> Tensor:
+        """``[T, heads * head_dim]`` from all slots, of which those that take no part have no visible tile."""
+        places = step.slots[step.token_row], step.token_column
+        padded = query.new_zeros(keys.shape[0], step.last_visible.shape[1], *query.shape[1:])
+        padded[places] = query
+        out = attend_in_tiles(padded.transpose(1, 2), keys, values, mask, self.softmax_scale)
+        return out.transpose(1, 2)[places].flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None) -> Tensor:
         is_grouped = query.shape[1] != key.shape[1]

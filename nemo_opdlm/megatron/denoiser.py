@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_opdlm.diffusion.masks import TokenAttributes, dense
+from nemo_opdlm.diffusion.masks import TokenAttributes, last_visible
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
 from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.megatron.attention import CachedQuery, KVCache
@@ -26,8 +26,8 @@ class Forward:
         attributes: of each packed token, ``[1, T]``.
         cached: where keys and values go, and who may attend to whom.
         asked: ``[M]`` packed tokens whose logits answer the query, in row-major order of ``is_asked``.
-        is_asked: bool ``[A, b]`` places of the block that are proposed for; None for all of them.
-        uniform: ``[A, b]`` random numbers of the proposals; None for a prefill.
+        is_asked: bool, of the shape of ``uniform``: what is proposed for; None for all of it.
+        uniform: random numbers of the proposals, as in `Query`; None for a prefill.
     """
 
     token_ids: Tensor
@@ -173,18 +173,25 @@ class MegatronDenoiser:
 
     def _pack(self, query: Query, asked: Tensor, is_asked: Tensor | None) -> Forward:
         """Pack the valid tokens of a query; ``asked`` and ``is_asked`` are those of `Forward`."""
-        # Tokens that are to leave no trace stand behind all others: what they see is finite, and nobody sees them.
+        # Tokens that are to leave no trace see the first key, which is finite, and stand behind all others.
+        visible = self._last_visible(query).clamp(min=0)
         position_ids = torch.where(query.position_ids < 0, self.cache.length, query.position_ids)
-        query = query._replace(position_ids=position_ids)
         is_full = bool(query.valid.all())
         row, column = _rows_and_columns(query.valid, is_full, position_ids.device)
         packed_positions = position_ids[row, column]
-        # A prompt has queries enough of its own, and its mask is large.
-        heads = self._heads_per_group if query.uniform is not None else 1
-        may_attend = self._may_attend(query)
-        if heads > 1:
-            may_attend = may_attend.repeat(1, 1, heads, 1)
-        cached = CachedQuery(query.slots, row, column, packed_positions, may_attend, heads, is_full)
+        # A prompt has queries enough of its own, and its mask is large; FlexAttention groups heads itself.
+        is_prompt, uses_flex = query.uniform is None, self.model.attention.uses_flex
+        cached = CachedQuery(
+            query.slots,
+            row,
+            column,
+            packed_positions,
+            visible,
+            self.cache.length if uses_flex and not is_prompt else query.num_keys,
+            1 if uses_flex or is_prompt else self._heads_per_group,
+            is_full,
+            in_tiles=uses_flex and not is_prompt,
+        )
         # What fills up the packed tokens reaches no cache.
         filler = (0, -row.numel() % self.model.token_multiple)
         return Forward(
@@ -196,16 +203,9 @@ class MegatronDenoiser:
             query.uniform,
         )
 
-    def _may_attend(self, query: Query) -> Tensor:
-        """Which of the first keys of its slot each token of a query sees, bool ``[A, 1, Q, num_keys]``."""
-        positions = query.position_ids
-        document = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        keys = torch.arange(query.num_keys, device=positions.device).expand(positions.shape[0], -1)
-        return dense(
-            self.model.attention.rule,
-            self._attributes(document.expand_as(positions), positions),
-            self._attributes(document.expand_as(keys), keys),
-        )
+    def _last_visible(self, query: Query) -> Tensor:
+        """The last key of its slot that each token of a query sees, ``[A, Q]``; below 0 where it leaves no trace."""
+        return last_visible(self.model.attention.rule, query.position_ids, self.block_size)
 
     def _attributes(self, document_ids: Tensor, position_ids: Tensor) -> TokenAttributes:
         # A cached row is one clean stream: the block being denoised is its newest block.

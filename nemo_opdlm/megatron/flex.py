@@ -1,4 +1,4 @@
-"""FlexAttention for rows on a GPU: tiles of the mask that are empty, as between documents, cost nothing.
+"""FlexAttention on a GPU: tiles of the mask that are empty, as between documents or beyond a cached row, cost nothing.
 
 A kernel is compiled for each shape, so rows are padded to one of a few lengths in front of it. Which tokens see each other is
 data: another batch of these lengths, and every layer, finds its kernel compiled.
@@ -32,6 +32,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def is_used(wanted: str, on_gpu: bool, head_dim: int) -> bool:
+    """Whether ``model.opdlm.attention`` means FlexAttention."""
+    return wanted == "flex" or (wanted == "auto" and on_gpu and head_dim >= SMALLEST_HEAD)
+
+
 def block_mask(rule: AttentionRule, attributes: TokenAttributes) -> BlockMask:
     """Which tiles of ``[B, N]`` tokens' mask are empty, full or in part visible, at the length of their bucket."""
     tokens = _padded(attributes.map(lambda x: x.to(torch.int32)))
@@ -49,14 +54,46 @@ def block_mask(rule: AttentionRule, attributes: TokenAttributes) -> BlockMask:
     return BlockMask.from_kv_blocks(*_numbers(in_part), *_numbers(is_full), BLOCK_SIZE=TILE, mask_mod=function)
 
 
+def cached_block_mask(slots: Tensor, last_visible: Tensor, num_slots: int, length: int) -> BlockMask:
+    """Mask of queries to whole caches of ``length`` keys, of which a row reads as many tiles as it sees.
+
+    Args:
+        slots: ``[A]``, of the rows that ask.
+        last_visible: ``[A, Q]``, the last key that each of a row's queries sees; Q is at most a tile.
+        num_slots: the mask has a row for each slot; those that do not ask see nothing.
+        length: keys of a slot.
+    """
+    width = last_visible.shape[1]
+    visible = torch.full((num_slots, width), -1, dtype=torch.int32, device=slots.device)
+    visible[slots] = last_visible.to(torch.int32)
+    num_tiles = visible.amax(1)[:, None, None] // TILE + 1
+    tiles = torch.arange(-(-length // TILE), dtype=torch.int32, device=slots.device).expand(num_slots, 1, 1, -1)
+
+    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx <= visible[b, q_idx]
+
+    return BlockMask.from_kv_blocks(
+        num_tiles, tiles.contiguous(), BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(width, length)
+    )
+
+
 def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """Scaled dot product attention ``[B, heads, N, d]`` of ``query`` to ``key`` and ``value [B, groups, N, d]``."""
+    """Scaled dot product attention ``[B, heads, Nq, d]`` of ``query`` to ``key`` and ``value [B, groups, Nk, d]``."""
     length = query.shape[2]
     # Under autocast norms hand over wider queries and keys; other than SDPA, the kernel takes one dtype.
-    padded = (F.pad(x.to(value.dtype), (0, 0, 0, mask.seq_lengths[0] - length)) for x in (query, key, value))
+    num_queries, num_keys = mask.seq_lengths
+    padded = (
+        _to_length(x.to(value.dtype), wanted)
+        for x, wanted in ((query, num_queries), (key, num_keys), (value, num_keys))
+    )
     attend = _compiled() if query.is_cuda else flex_attention
     out: Tensor = attend(*padded, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out[:, :, :length]
+
+
+def _to_length(x: Tensor, length: int) -> Tensor:
+    # Padding by nothing would copy, and a cache is large.
+    return x if x.shape[2] == length else F.pad(x, (0, 0, 0, length - x.shape[2]))
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
     context = core.context
     plan = context.plan(stacked)
     turned = rotate(turned, plan.cos, plan.sin)
-    out = core.attend_cached(turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], value, context.cache)
+    out = core.attend_cached(turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], value, plan.mask)
     return _linear(attention.linear_proj, out[:, 0])
 
 

@@ -13,6 +13,7 @@ from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import Query, RolloutProgress, RolloutSettings, decode
 from nemo_opdlm.diffusion.speculative import speculate
 from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.cpu import without_redirect
 from nemo_opdlm.megatron.denoiser import CausalDenoiser, MegatronDenoiser
@@ -154,7 +155,7 @@ class RolloutEngine:
         Raises:
             ValueError: the cache cannot hold one row.
         """
-        longest = _cache_length(prompt_len, max_new_tokens, block_size)
+        longest = self._cache_length(prompt_len, max_new_tokens, block_size)
         num_rows = prompt_len.numel()
         num_slots, batches = self.max_batch_size, min(self.model.parallel.pp_size, num_rows)
         if self.max_batch_tokens is not None:
@@ -176,7 +177,7 @@ class RolloutEngine:
         prompt_ids, prompt_len, max_new_tokens, _ = requests
         runs_ahead = prompt_ids.is_cuda if self.runs_ahead is None else self.runs_ahead
         num_slots = min(num_slots, prompt_len.numel())
-        cache = KVCache(num_slots, _cache_length(prompt_len, max_new_tokens, settings.block_size))
+        cache = KVCache(num_slots, self._cache_length(prompt_len, max_new_tokens, settings.block_size))
         denoiser = denoiser_type(
             self.model,
             cache,
@@ -193,6 +194,11 @@ class RolloutEngine:
             denoiser,
             graphs=ForwardGraphs(denoiser.answer) if has_graphs else None,
         )
+
+    def _cache_length(self, prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> int:
+        """Tokens of a cache slot that holds any of these rows, in whole blocks."""
+        longest = -(-int((prompt_len + max_new_tokens).max()) // block_size) * block_size
+        return flex.bucket(longest) if self.model.attention.uses_flex else longest
 
 
 def slots_that_fit(max_batch_tokens: int, num_batches: int, longest: int) -> int:
@@ -234,9 +240,3 @@ def _report_of_all(
         return report
 
     return report_of
-
-
-def _cache_length(prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> int:
-    """Tokens of a cache slot that holds any of these rows, in whole blocks."""
-    longest = int((prompt_len + max_new_tokens).max())
-    return -(-longest // block_size) * block_size

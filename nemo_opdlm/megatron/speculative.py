@@ -25,13 +25,11 @@ class SpeculativeDenoiser(MegatronDenoiser):
         asked = (query.position_ids >= 0) & ~(is_mask & (is_mask.cumsum(1) == 1))
         return self._pack(query, self._packed_places(query, asked), answers < asked.sum(1, keepdim=True))
 
-    def _may_attend(self, query: Query) -> Tensor:
+    def _last_visible(self, query: Query) -> Tensor:
         """Everyone sees what stands before it; masks see each other, too."""
-        is_mask = self._is_mask(query) & (query.position_ids < self.cache.length)
+        is_mask = self._is_mask(query) & (query.position_ids >= 0)
         last_mask = query.position_ids.masked_fill(~is_mask, 0).amax(1, keepdim=True)
-        last_visible = torch.where(is_mask, last_mask, query.position_ids)
-        keys = torch.arange(query.num_keys, device=last_visible.device)
-        return keys <= last_visible[:, None, :, None]
+        return torch.where(is_mask, last_mask, query.position_ids)
 
     def _is_mask(self, query: Query) -> Tensor:
         """Which places of a query draft, bool ``[A, Q]``; a prefill has none, and the pending token may be any of a prompt."""

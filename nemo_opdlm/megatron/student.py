@@ -30,8 +30,8 @@ from torch import Tensor
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
-from nemo_opdlm.megatron.flex import SMALLEST_HEAD
 from nemo_opdlm.megatron.offload import HostWeights
 from nemo_opdlm.megatron.optional import has_fused_weight_gradients, transformer_engine_spec
 from nemo_opdlm.megatron.parallel import ParallelContext
@@ -256,8 +256,7 @@ def build_model(
     config = transformer_config(arch, parallel, options)
     assert arch.kv_channels is not None
     inv_freq = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling).to(parallel.device)
-    suits_flex = parallel.device.type == "cuda" and arch.kv_channels >= SMALLEST_HEAD
-    uses_flex = options.attention == "flex" or (options.attention == "auto" and suits_flex)
+    uses_flex = flex.is_used(options.attention, parallel.device.type == "cuda", arch.kv_channels)
     context = AttentionContext(rule, inv_freq, parallel.groups.cp, uses_flex)
     chunks = [_build_chunk(arch, parallel, context, config, options, stage) for stage in range(parallel.virtual_size)]
     return StagedGPT(chunks, arch, context, options, parallel).to(parallel.device)

@@ -13,8 +13,8 @@ import torch
 
 from nemo_opdlm.config import Architecture, Config, ModelConfig, validate_architecture, validate_layout
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
+from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.attention import DENSE_LENGTH
-from nemo_opdlm.megatron.flex import SMALLEST_HEAD
 from nemo_opdlm.megatron.head import CHUNK_BYTES, bytes_per_logit
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.models.conversion import checkpoint_architecture
@@ -136,14 +136,17 @@ class _Planner:
 
     def _kernel(self, network: NetworkSizes, length: int, num_ranks: int = 1) -> Kernel:
         """That of passes without a cache, as `AttentionContext` and `build_model` choose it."""
-        wanted, head = self._model.opdlm.attention, network.arch.kv_channels
-        assert head is not None
         if num_ranks == 1:
-            if wanted == "flex" or (wanted == "auto" and self.on_gpu and head >= SMALLEST_HEAD):
+            if self._uses_flex(network):
                 return Kernel.TILES
             if length <= DENSE_LENGTH:
                 return Kernel.DENSE
         return Kernel.GPU_CHUNKS if self.on_gpu else Kernel.CPU_CHUNKS
+
+    def _uses_flex(self, network: NetworkSizes) -> bool:
+        head = network.arch.kv_channels
+        assert head is not None
+        return flex.is_used(self._model.opdlm.attention, self.on_gpu, head)
 
     def _optimizer(self, student: NetworkSizes) -> int:
         masters = 1 if student.weight_bytes < FP32 else 0
@@ -193,12 +196,13 @@ class _Planner:
         opdlm, rollout, row = self._model.opdlm, self._model.opdlm.rollout, self._row
         by_teacher = opdlm.responses == "teacher"
         network, block = (self._teacher, 1) if by_teacher else (self._student, opdlm.block_size)
-        batches, slots = self._batches()
+        length = flex.bucket(row.blocks) if self._uses_flex(network) else row.blocks
+        batches, slots = self._batches(length)
         cached = self._moment("rollout", student_works=not by_teacher, teacher_works=by_teacher)
         cached = replace(
             cached,
             parameters=cached.parameters + network.cast_in_rollouts(),
-            cache=batches * network.cache(slots, row.blocks),
+            cache=batches * network.cache(slots, length),
         )
         prefix = max(0, row.prompt // block * block - block)
         prompts = Tokens(slots, prefix, Kernel.DENSE, prefix)
@@ -208,7 +212,8 @@ class _Planner:
             Tokens(slots, 2 * block, Kernel.DENSE, row.blocks), is_lean=network.is_lean
         )
         heads_per_group = network.queries // network.keys
-        mask = slots * 2 * block * heads_per_group * row.blocks
+        # Tiles are told apart by number, and cost nothing to speak of.
+        mask = 0 if self._uses_flex(network) else slots * 2 * block * heads_per_group * row.blocks
         factor = _PROPOSAL_LOGITS if rollout.top_p == 1 else _NUCLEUS_LOGITS
         logits = int((factor * slots * block * FP32 + _COLUMN_BYTES) * network.vocab) * network.is_last
         return [
@@ -217,14 +222,14 @@ class _Planner:
             replace(cached, name="rollout: proposals", activations=mask, logits=logits),
         ]
 
-    def _batches(self) -> tuple[int, int]:
-        """Batches that a pipeline keeps in flight, and the slots of each."""
+    def _batches(self, length: int) -> tuple[int, int]:
+        """Batches that a pipeline keeps in flight, and the slots of each, of so many tokens."""
         rollout = self._model.opdlm.rollout
         rows = -(-rollout.num_samples_per_step // self._data_size)
         batches = min(self._model.pipeline_model_parallel_size, rows)
         slots = min(rollout.max_batch_size, -(-rows // batches))
         if rollout.max_batch_tokens is not None:
-            slots = min(slots, max(1, rollout.max_batch_tokens // (batches * self._row.blocks)))
+            slots = min(slots, max(1, rollout.max_batch_tokens // (batches * length)))
         return batches, slots
 
     # -- 2. teacher --

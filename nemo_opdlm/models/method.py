@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nemo_opdlm.config import ModelConfig, OPDLMConfig
 from nemo_opdlm.data.tokenizer import forbidden_ids, resolve_end_token_ids
-from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import RolloutSettings
@@ -159,16 +158,9 @@ class Method:
         caps = [(rollout.domain_caps or {}).get(domain or "", self.context_len) for domain in domains]
         return torch.minimum(limits, torch.tensor(caps, device=limits.device))
 
-    def longest_rollout(self, prompt_len: Tensor, domains: list[str | None]) -> int:
-        """Tokens of the longest prompt and response of the whole run, in whole blocks."""
-        longest = int((prompt_len + self.response_limits(self.num_rollout_steps, prompt_len, domains)).max())
-        return -(-longest // self.config.block_size) * self.config.block_size
-
-    def longest_row(self, prompt_len: Tensor, domains: list[str | None]) -> int:
-        """Tokens of the longest row that these prompts can give in the whole run; schedules of lengths never fall."""
-        limits = self.response_limits(self.num_rollout_steps, prompt_len, domains)
-        num_states = torch.full_like(prompt_len, self.config.max_states_per_rollout)
-        return int(BlockLayout(prompt_len, limits, num_states, self.config.block_size).row_len.max())
+    def longest_responses(self, prompt_len: Tensor, domains: list[str | None]) -> Tensor:
+        """Longest response of each prompt in the whole run, ``[B]``; schedules of lengths never fall."""
+        return self.response_limits(self.num_rollout_steps, prompt_len, domains)
 
     def engine(
         self, network: StagedGPT, max_batch_size: int, sampling: SamplingParams | None = None

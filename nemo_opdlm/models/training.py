@@ -5,14 +5,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from nemo_opdlm.config import (
     Architecture,
     Config,
     ExpManagerConfig,
+    ModelConfig,
     PromptFileConfig,
     to_container,
     validate_architecture,
@@ -20,10 +23,13 @@ from nemo_opdlm.config import (
 )
 from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
+from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
+from nemo_opdlm.megatron.cpu import wants_cpu
 from nemo_opdlm.megatron.failure import shared_failures
 from nemo_opdlm.megatron.forward import parts_of_a_row
 from nemo_opdlm.megatron.rollout import slots_that_fit
@@ -137,25 +143,39 @@ def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
     opdlm = config.model.opdlm
     assert opdlm.mask_token_id is not None
     tokens = SpecialTokens.read(tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin)
-    train_prompts = _prompts(data.train_ds, tokenizer, tokens)
-    if train_prompts is not None:
-        _check_lengths(config, tokens, train_prompts)
-    return Inputs(config, origin, tokens, train_prompts, _prompts(data.validation_ds, tokenizer, tokens))
+    train, heldout = (_prompts(settings, tokenizer, tokens) for settings in (data.train_ds, data.validation_ds))
+    _check_lengths(config, tokens, train, heldout)
+    return Inputs(config, origin, tokens, train, heldout)
 
 
-def _check_lengths(config: Config, tokens: SpecialTokens, prompts: PromptDataset) -> None:
+def _check_lengths(
+    config: Config, tokens: SpecialTokens, train: PromptDataset | None, heldout: PromptDataset | None
+) -> None:
     """Whether the longest rows fit; before the first rollout, as the length curriculum may reach them only after days."""
     model, max_steps = config.model, config.trainer.max_steps
-    pack_to_tokens, max_batch_tokens = model.opdlm.pack_to_tokens, model.opdlm.rollout.max_batch_tokens
     assert model.max_position_embeddings is not None and max_steps is not None
     method = Method.of(model, tokens, model.max_position_embeddings, max_steps)
-    lengths = prompts.prompt_len, list(prompts.domains)
+    if train is not None:
+        limits = method.longest_responses(train.prompt_len, list(train.domains))
+        _check_rows(model, train.prompt_len, limits, model.opdlm.max_states_per_rollout)
+    if heldout is not None:
+        limits = torch.full_like(heldout.prompt_len, model.data.validation_ds.response_length)
+        _check_rows(model, heldout.prompt_len, limits, 1)
+
+
+def _check_rows(model: ModelConfig, prompt_len: Tensor, limits: Tensor, num_states: int) -> None:
+    pack_to_tokens, max_batch_tokens = model.opdlm.pack_to_tokens, model.opdlm.rollout.max_batch_tokens
+    layout = BlockLayout(prompt_len, limits, torch.full_like(prompt_len, num_states), model.opdlm.block_size)
     if max_batch_tokens is not None:
-        slots_that_fit(max_batch_tokens, model.pipeline_model_parallel_size, method.longest_rollout(*lengths))
+        assert model.kv_channels is not None
+        longest = int((layout.prefix_len + layout.stream_len).max())
+        if flex.is_used(model.opdlm.attention, not wants_cpu(), model.kv_channels):
+            longest = flex.bucket(longest)
+        slots_that_fit(max_batch_tokens, model.pipeline_model_parallel_size, longest)
     if pack_to_tokens is not None:
         tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
         multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
-        pack_capacity(pack_to_tokens, method.longest_row(*lengths), multiple_of)
+        pack_capacity(pack_to_tokens, int(layout.row_len.max()), multiple_of)
 
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:

@@ -10,7 +10,7 @@ from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.megatron import chunked_attention
 from nemo_opdlm.megatron.chunked_attention import MaskChunks, attend_in_chunks
-from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask
+from nemo_opdlm.megatron.flex import attend_in_tiles, block_mask, cached_block_mask
 
 HEADS, GROUPS, DIM = 4, 2, 64
 RULE = AttentionRule.BLOCK_DIFFUSION
@@ -82,6 +82,27 @@ def test_packed_documents_of_other_lengths_find_their_kernel_compiled(rule: Atte
         found = results(attend_in_tiles(*leaves, block_mask(rule, tokens), None), leaves, grad)  # type: ignore[arg-type]
         expected = by_dense_mask(leaves, grad, dense(rule, tokens, tokens))  # type: ignore[arg-type]
         assert_close(found, expected, torch.float32)
+        num_compiled = counters["stats"]["unique_graphs"]
+        assert compiled_before in (None, num_compiled)
+        compiled_before = num_compiled
+
+
+@dtypes
+@pytest.mark.parametrize("num_queries", [1, 8, 128])
+def test_queries_to_a_cache_in_tiles_equal_those_with_a_dense_mask(num_queries: int, dtype: torch.dtype) -> None:
+    """Three of four slots ask, each sees another length; one kernel for whatever they see and whoever asks."""
+    generator, length, compiled_before = torch.Generator().manual_seed(0), 385, None
+    shapes = [(4, heads, count, DIM) for heads, count in ((HEADS, num_queries), (GROUPS, length), (GROUPS, length))]
+    query, key, value = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    for slots in ([0, 1, 3], [2]):
+        rows = torch.tensor(slots, device="cuda")
+        last = torch.randint(length - 1, (len(slots), num_queries), generator=generator).cuda()
+        with torch.no_grad():
+            found = attend_in_tiles(query, key, value, cached_block_mask(rows, last, 4, length), None)[rows]
+        visible = (torch.arange(length, device="cuda") <= last[:, :, None])[:, None]
+        exact = (x[rows].double() for x in (query, key, value))
+        expected = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
+        assert float((found.double() - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
         num_compiled = counters["stats"]["unique_graphs"]
         assert compiled_before in (None, num_compiled)
         compiled_before = num_compiled

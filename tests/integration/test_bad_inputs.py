@@ -198,6 +198,14 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model.opdlm.rollout.max_batch_tokens=7",),
         r"model\.opdlm\.rollout\.max_batch_tokens=7 cannot hold 1 rows of \d+ tokens, .*: at least \d+ are needed$",
     ),
+    "cache-below-the-longest-held-out-answer": (
+        (
+            "model.data.validation_ds.file_path={folder}/prompts.jsonl",
+            "model.data.validation_ds.response_length=32",
+            "model.opdlm.rollout.max_batch_tokens=32",
+        ),
+        r"model\.opdlm\.rollout\.max_batch_tokens=32 cannot hold 1 rows of \d+ tokens, .*: at least \d+ are needed$",
+    ),
     "rollout-size": (("model.opdlm.rollout.num_prompts_per_step=6",), r"must be a multiple of model\.global_batch_size=4"),
     "learning-rates": (("model.optim.sched.min_lr=1",), r"min_lr=1.* must be at most model\.optim\.lr"),
     "endless-warm-up": (("model.optim.sched.warmup_steps=2",), r"warmup_steps=2 must be below trainer\.max_steps=2"),

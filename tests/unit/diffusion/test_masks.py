@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.layout import BlockLayout
-from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, causal, dense, mask_mod, may_be_seen
+from nemo_opdlm.diffusion.masks import (
+    AttentionRule,
+    TokenAttributes,
+    causal,
+    dense,
+    last_visible,
+    mask_mod,
+    may_be_seen,
+)
 from nemo_opdlm.testing.oracles import oracle_may_attend, oracle_row
 
 RULES = list(AttentionRule)
@@ -51,6 +59,15 @@ def test_causal_rule_is_lower_triangular_on_the_clean_stream() -> None:
     attributes = attributes_of((5, 7, 4, 0))
     actual = dense(AttentionRule.CAUSAL, attributes, attributes)[0, 0]
     assert torch.equal(actual, torch.ones_like(actual).tril())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_a_clean_stream_sees_all_up_to_its_last_visible_position(rule: AttentionRule, block_size: int) -> None:
+    positions = torch.arange(24)
+    tokens = attributes_of((16, 8, block_size, 0))
+    expected = positions <= last_visible(rule, positions, block_size)[:, None]
+    assert torch.equal(dense(rule, tokens, tokens)[0, 0], expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -5,7 +5,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
+from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense, last_visible
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention, CachedQuery, KVCache
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.rotary import inverse_frequencies
@@ -72,8 +72,12 @@ def test_attention_is_that_of_loops_over_queries_heads_and_keys(rule: AttentionR
     torch.testing.assert_close(found.double(), oracle(rule, *inputs, attributes), atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("heads", "in_tiles"), [(1, False), (HEADS // GROUPS, False), (1, True)])
 @pytest.mark.parametrize("rule", list(AttentionRule))
-def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(rule: AttentionRule) -> None:
+def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(
+    rule: AttentionRule, heads: int, in_tiles: bool
+) -> None:
     length, piece = 16, BLOCK_SIZE if rule is AttentionRule.BLOCK_DIFFUSION else 1
     position_ids, document_ids = torch.arange(length)[None], torch.zeros(1, length, dtype=torch.int64)
     inputs, attention = random_inputs(length, 1), make_attention(rule)
@@ -82,12 +86,18 @@ def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(rule: Attenti
     cache = KVCache(3, length + 5)
     with attention.context.use_cache(cache, rule):
         for start in range(0, length, piece):
-            now, keys = slice(start, start + piece), torch.arange(start + piece)[None]
+            now, column = slice(start, start + piece), torch.arange(piece)
             query = clean(position_ids[:, now], document_ids[:, now])
-            visible = dense(rule, query, clean(keys, torch.zeros_like(keys)))
-            column = torch.arange(piece)
             cache.query = CachedQuery(
-                torch.tensor([2]), torch.zeros_like(column), column, position_ids[0, now], visible, 1, is_full=True
+                torch.tensor([2]),
+                torch.zeros_like(column),
+                column,
+                position_ids[0, now],
+                last_visible(rule, position_ids[:, now], BLOCK_SIZE),
+                num_keys=start + piece,
+                heads=heads,
+                is_full=True,
+                in_tiles=in_tiles,
             )
             found = attention(*(x[now] for x in inputs), query.stack())
             torch.testing.assert_close(found, whole[now], atol=1e-5, rtol=0)
@@ -112,8 +122,10 @@ def test_a_plan_made_under_another_rule_is_not_used() -> None:
     context = AttentionContext(AttentionRule.CAUSAL, INV_FREQ)
     stacked = clean(torch.arange(6)[None], torch.zeros(1, 6, dtype=torch.int64)).stack()
     causal = context.plan(stacked).mask
-    with context.use_cache(KVCache(1, 8), AttentionRule.BLOCK_DIFFUSION):
-        assert context.plan(stacked).mask is None
+    cache, column = KVCache(1, 8), torch.arange(1)
+    with context.use_cache(cache, AttentionRule.BLOCK_DIFFUSION):
+        cache.query = CachedQuery(column, column, column, column, column[None] + 3, num_keys=6, heads=2, is_full=True)
+        assert context.plan(stacked).mask.tolist() == [[2 * [4 * [True] + 2 * [False]]]]
     assert torch.equal(context.plan(stacked).mask, causal)
     context.rule = AttentionRule.BLOCK_DIFFUSION
     assert not torch.equal(context.plan(stacked).mask, causal)

@@ -1,5 +1,6 @@
 """The engine's cache: bounded by what it may hold, refilled row by row, and without a say in what is written."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -51,6 +52,20 @@ def test_what_is_written_does_not_depend_on_the_slots(
 ) -> None:
     expected, actual = respond(network, ROWS), respond(network, max_batch_size, max_batch_tokens)
     assert_equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_is_written_does_not_depend_on_the_kernel(
+    runs_ahead: bool, network: StagedGPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = respond(network, ROWS)
+    monkeypatch.setattr(network.attention, "uses_flex", True)
+    # FlexAttention traces its mask with a mode of its own, which would be switched off with Megatron's redirect on a CPU.
+    monkeypatch.setattr(rollout, "without_redirect", contextlib.nullcontext)
+    # 9 rows of 28 tokens in slots of 128: of these the limit allows for 3.
+    found = respond(network, ROWS, 3 * 128, runs_ahead)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 5, 9])
