@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_opdlm.benchmark.reference import ReferenceLoop
 from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.workload import Subject, Workload
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.cpu import without_redirect
 from nemo_opdlm.megatron.denoiser import Forward, MegatronDenoiser

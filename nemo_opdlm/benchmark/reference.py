@@ -17,7 +17,7 @@ from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.workload import Subject, Workload
 from nemo_opdlm.diffusion.proposal import Proposal, propose
 from nemo_opdlm.diffusion.remasking import positions_to_reveal, quota
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.rng import Stream, uniform
 from nemo_opdlm.vocab import LocalVocab
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.megatron.student import StagedGPT
 

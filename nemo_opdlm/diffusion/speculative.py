@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_opdlm.diffusion.canvas import Blocks, Canvas
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal
-from nemo_opdlm.diffusion.sampler import Blocks, Canvas, Query, RolloutProgress, RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.rng import Stream, uniform
 

@@ -15,7 +15,7 @@ from nemo_opdlm.data.rows import PromptRow, read_rows
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.student import StagedGPT

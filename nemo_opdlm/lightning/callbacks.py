@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from typing_extensions import override
 
-from nemo_opdlm.diffusion.sampler import RolloutProgress, describe
+from nemo_opdlm.diffusion.settings import RolloutProgress, describe
 
 METRICS = "metrics.jsonl"
 _TRAINING = "Training"

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import TokenAttributes, last_visible
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
-from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.megatron.attention import CachedQuery, KVCache
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.inference import forward_chunk, suits

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal
-from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.denoiser import Forward, MegatronDenoiser
 from nemo_opdlm.megatron.graphs import ForwardGraphs

@@ -7,10 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import Query, RolloutProgress, RolloutSettings, decode
+from nemo_opdlm.diffusion.sampler import decode
+from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.speculative import speculate
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron import flex

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.sampler import Query
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.megatron.denoiser import Forward, MegatronDenoiser
 
 

@@ -12,7 +12,7 @@ from nemo_opdlm.config import ModelConfig
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
-from nemo_opdlm.diffusion.sampler import RolloutProgress
+from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.loss import Normalization

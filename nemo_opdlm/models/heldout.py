@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, random_mask
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec

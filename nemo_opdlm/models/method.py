@@ -11,7 +11,7 @@ from nemo_opdlm.config import ModelConfig, OPDLMConfig
 from nemo_opdlm.data.tokenizer import forbidden_ids, resolve_end_token_ids
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.distillation.curriculum import (
     LengthSchedule,
     Ramp,

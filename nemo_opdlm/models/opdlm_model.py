@@ -16,7 +16,7 @@ from nemo_opdlm.convert.hf_folder import read_tokenizer_files
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
-from nemo_opdlm.diffusion.sampler import RolloutProgress
+from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron.effective import effective_settings

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_opdlm.config import FP8_RECIPES, Architecture, ModelConfig, parse
 from nemo_opdlm.diffusion.proposal import SamplingParams
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.megatron.optimizer import DECAY_STYLES, OptimizerSettings
 from nemo_opdlm.megatron.student import ModelOptions
 from nemo_opdlm.models.method import Method

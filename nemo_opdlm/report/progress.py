@@ -4,7 +4,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nemo_opdlm.diffusion.sampler import RolloutProgress, describe
+from nemo_opdlm.diffusion.settings import RolloutProgress, describe
 
 
 class RolloutBar:

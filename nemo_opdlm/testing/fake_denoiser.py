@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
-from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.rng import Stream, uniform
 from nemo_opdlm.vocab import LocalVocab
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal, propose
-from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.rng import Stream, uniform
 from nemo_opdlm.testing.fake_denoiser import Call, FakeDenoiser, queries
 from nemo_opdlm.vocab import LocalVocab

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason
 from nemo_opdlm.rng import Stream, uniform
 

@@ -4,7 +4,8 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.fake_denoiser import FakeDenoiser
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import StateSelection, select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec

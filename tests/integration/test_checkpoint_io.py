@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from nemo_opdlm.diffusion.sampler import RolloutProgress
+from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.megatron import atomic_folder

@@ -17,7 +17,7 @@ from nemo_opdlm.diffusion.layout import row_layout
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail

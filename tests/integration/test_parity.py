@@ -13,7 +13,7 @@ from nemo_opdlm.convert.hugging_face import HfImport, hf_to_megatron
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.megatron.forward import MicroBatch, forward_only
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.parallel import ParallelContext

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
 from nemo_opdlm.diffusion.masks import TokenAttributes
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import Query, RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, StateSelection, all_states, select_states
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec

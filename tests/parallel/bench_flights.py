@@ -10,7 +10,7 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.megatron import parallel, rollout
 from nemo_opdlm.megatron.flight import fly
 from nemo_opdlm.megatron.rollout import RolloutEngine

@@ -8,7 +8,7 @@ import torch
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
 from nemo_opdlm.distillation.loss import Normalization

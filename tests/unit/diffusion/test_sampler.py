@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_opdlm.diffusion.canvas import Status
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, _Status, rollout
+from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.testing.fake_denoiser import FakeDenoiser
 from nemo_opdlm.testing.oracles import oracle_quota, oracle_rollout
@@ -412,9 +414,9 @@ def test_the_host_takes_the_answer_of_the_last_forward_but_one(monkeypatch: pyte
     for late_reads, first_heard in ((False, 1), (True, 2)):
         heard: list[int] = []
         denoiser = fake_denoiser(4)
-        read = _Status.read
+        read = Status.read
         with monkeypatch.context() as patch:
-            patch.setattr(_Status, "read", lambda status: heard.append(len(denoiser.forwards)) or read(status))  # noqa: B023
+            patch.setattr(Status, "read", lambda status: heard.append(len(denoiser.forwards)) or read(status))  # noqa: B023
             rollout(denoiser, *random_prompts(6, 4), torch.arange(6), rollout_settings(4), late_reads=late_reads)
         assert heard == list(range(first_heard, len(denoiser.forwards) + 1))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
-from nemo_opdlm.diffusion.sampler import RolloutProgress, RolloutSettings, rollout, run
+from nemo_opdlm.diffusion.sampler import rollout, run
+from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.speculative import speculate
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.testing.fake_drafter import FakeDrafter

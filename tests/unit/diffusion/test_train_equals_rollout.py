@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.layout import TwoStreamRows, two_stream_rows
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes, dense
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
-from nemo_opdlm.diffusion.sampler import Query, rollout
+from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, VOCAB_SIZE, random_prompts, rollout_settings

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import Query, RolloutSettings, rollout
+from nemo_opdlm.diffusion.sampler import rollout
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import MegatronDenoiser

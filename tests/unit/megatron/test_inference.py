@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
-from nemo_opdlm.diffusion.sampler import Query
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import MegatronDenoiser
 from nemo_opdlm.megatron.inference import suits

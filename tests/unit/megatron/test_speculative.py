@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.sampler import Query, RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.head import LMHead

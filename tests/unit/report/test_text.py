@@ -9,7 +9,7 @@ import warnings
 import pytest
 from rich.console import Console, RenderableType
 
-from nemo_opdlm.diffusion.sampler import RolloutProgress
+from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.report.figures import FIGURES
 from nemo_opdlm.report.progress import RolloutBar
 from nemo_opdlm.report.quiet import quiet_imports, quiet_runs
