@@ -127,6 +127,10 @@ class OPDLMConfig:
         responses: who writes the responses. `student` = on-policy; `teacher` and `dataset` need `random_mask` states.
         state_selection: which partly masked states of a response are trained.
         states_per_rollout: states drawn per response, sharing its clean stream.
+        epochs_per_rollout: passes over the responses of a rollout step, each with states drawn anew.
+        ar_loss_weight: weight of the same divergence under causal attention, on all tokens of a response, beside its states; it
+            keeps the weights good at writing from left to right, and at judging drafts. 0 = none; else a causal copy of
+            prompt and response is trained with the states.
         normalization: mean over a row's supervised tokens, then over rows (`sequence`), or over all tokens (`token`).
         exclude_end_token: leave the end-of-turn token out of the loss, as the published recipe's code does.
         attention: kernel of training, teacher passes and rollouts. `flex` = FlexAttention, compiled, on a GPU; `sdpa` = short
@@ -152,6 +156,8 @@ class OPDLMConfig:
     responses: Responses = "student"
     state_selection: StateSelection = "one_state_per_block"
     states_per_rollout: int = 1
+    epochs_per_rollout: int = 1
+    ar_loss_weight: float = 0.0
     normalization: NormalizationName = "sequence"
     exclude_end_token: bool = False
     attention: AttentionKernel = "auto"

@@ -56,6 +56,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.opdlm.jsd_alpha": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
     "model.opdlm.divergence_top_k": (lambda v: v >= 0, "0 (full vocabulary) or a number of tokens"),
     "model.opdlm.states_per_rollout": (lambda v: v >= 1, "at least 1"),
+    "model.opdlm.epochs_per_rollout": (lambda v: v >= 1, "at least 1"),
+    "model.opdlm.ar_loss_weight": (lambda v: 0 <= v < float("inf"), "at least 0 (0 = none)"),
     "model.opdlm.pack_to_tokens": (lambda v: v >= 1, "at least 1, or null"),
     "model.opdlm.max_consecutive_skips": (lambda v: v >= 1, "at least 1"),
     "model.opdlm.rollout.num_prompts_per_step": (lambda v: v >= 1, "at least 1"),

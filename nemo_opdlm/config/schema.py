@@ -281,9 +281,14 @@ class ModelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the responses of a rollout step."""
+        return self.opdlm.rollout.num_samples_per_step // self.global_batch_size
+
+    @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps on the responses of one rollout step."""
-        return self.opdlm.rollout.num_samples_per_step // self.global_batch_size
+        return self.opdlm.epochs_per_rollout * self.updates_per_epoch
 
     @property
     def teacher_path(self) -> str | None:

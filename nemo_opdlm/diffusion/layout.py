@@ -103,26 +103,34 @@ class TwoStreamRows:
 
     Attributes:
         token_ids: int64 ``[B, N]``, 0 in padding.
-        attributes: of each token, ``[B, N]``; the document is the number of the rollout.
+        attributes: of each token, ``[B, N]``; the document is the number of the rollout, that of a causal copy B more.
         loss_mask: bool ``[B, N]``, supervised state positions.
+        causal_mask: bool ``[B, N]``, tokens of causal copies that are judged by the response token behind them.
+        num_rollouts: B of the rows as they were before they were packed.
     """
 
     token_ids: Tensor
     attributes: TokenAttributes
     loss_mask: Tensor
+    causal_mask: Tensor
+    num_rollouts: int
+
+    def index(self, rows: slice) -> "TwoStreamRows":
+        """Some of the rows; documents keep their numbers."""
+        return self._map(lambda x: x[rows], self.attributes.map(lambda x: x[rows]))
 
     def columns(self, columns: Tensor) -> "TwoStreamRows":
         """Some of the columns of all rows: a context-parallel rank's share."""
-        return TwoStreamRows(
-            self.token_ids[:, columns], self.attributes.map(lambda x: x[:, columns]), self.loss_mask[:, columns]
-        )
+        return self._map(lambda x: x[:, columns], self.attributes.map(lambda x: x[:, columns]))
 
     def packed(self, multiple_of: int = 1) -> "TwoStreamRows":
         """The same documents one behind the other in a single row ``[1, N]``, padded to a multiple of ``multiple_of``."""
         end_to_end = _end_to_end(self.attributes, multiple_of)
-        return TwoStreamRows(
-            end_to_end(self.token_ids), _packed(self.attributes, end_to_end), end_to_end(self.loss_mask)
-        )
+        return self._map(end_to_end, _packed(self.attributes, end_to_end))
+
+    def _map(self, function: Callable[[Tensor], Tensor], attributes: TokenAttributes) -> "TwoStreamRows":
+        masks = function(self.loss_mask), function(self.causal_mask)
+        return TwoStreamRows(function(self.token_ids), attributes, *masks, self.num_rollouts)
 
     @property
     def copy_ids(self) -> Tensor:
@@ -136,22 +144,71 @@ class TwoStreamRows:
         documents, positions = self.attributes.document_ids, self.attributes.position_ids
         return SupervisedIndex(row, column, documents[row, column], self.copy_ids[row, column], positions[row, column])
 
+    @property
+    def causal_index(self) -> SupervisedIndex:
+        """The same of the judged tokens of causal copies, with the positions of the tokens that judge them."""
+        row, column = self.causal_mask.nonzero(as_tuple=True)
+        documents, positions = self.attributes.document_ids - self.num_rollouts, self.attributes.position_ids + 1
+        return SupervisedIndex(row, column, documents[row, column], self.copy_ids[row, column], positions[row, column])
+
 
 def row_layout(trajectory: Trajectory, states: DenoisingState) -> BlockLayout:
     """Where the tokens of these rollouts and their states stand."""
     return BlockLayout(trajectory.prompt_len, trajectory.response_len, states.num_states, trajectory.block_size)
 
 
-def two_stream_rows(trajectory: Trajectory, states: DenoisingState, multiple_of: int = 1) -> TwoStreamRows:
-    """Rows ``[prompt | clean | state x c]`` of a batch, padded to a multiple of ``multiple_of`` columns."""
+def row_lengths(trajectory: Trajectory, states: DenoisingState, has_causal_copy: bool = False) -> Tensor:
+    """Tokens of each of the rows, ``[B]``."""
+    causal = trajectory.prompt_len + trajectory.response_len
+    return row_layout(trajectory, states).row_len + causal * has_causal_copy
+
+
+def two_stream_rows(
+    trajectory: Trajectory, states: DenoisingState, multiple_of: int = 1, has_causal_copy: bool = False
+) -> TwoStreamRows:
+    """Rows ``[prompt | clean | state x c]`` of a batch, padded to a multiple of ``multiple_of`` columns.
+
+    With a causal copy a second document ``[prompt | response]`` follows in each row.
+    """
     layout = row_layout(trajectory, states)
-    width = -(-int(layout.row_len.max()) // multiple_of) * multiple_of
+    width = int(layout.row_len.max())
+    if not has_causal_copy:
+        width = -(-width // multiple_of) * multiple_of
     clean_has_no_loss = torch.zeros_like(trajectory.token_ids, dtype=torch.bool)
-    return TwoStreamRows(
+    loss_mask = layout.gather(clean_has_no_loss, states.loss_mask, width)
+    rows = TwoStreamRows(
         layout.gather(trajectory.token_ids, states.state_ids, width),
         layout.attributes(width),
-        layout.gather(clean_has_no_loss, states.loss_mask, width),
+        loss_mask,
+        torch.zeros_like(loss_mask),
+        len(trajectory),
     )
+    return _with_causal_copy(rows, trajectory, multiple_of) if has_causal_copy else rows
+
+
+def _with_causal_copy(rows: TwoStreamRows, trajectory: Trajectory, multiple_of: int) -> TwoStreamRows:
+    width = rows.token_ids.shape[1]
+    token_ids, copy = clean_rows(trajectory)
+    missing = -(width + token_ids.shape[1]) % multiple_of
+    is_token, behind = copy.document_ids != PADDING_DOCUMENT, copy.position_ids + 1
+    documents = torch.where(is_token, copy.document_ids + len(trajectory), PADDING_DOCUMENT)
+    # In blocks of one token the rule of clean tokens is the causal one.
+    copy = replace(copy, document_ids=documents, block_ids=copy.position_ids)
+    prompt_end, end = trajectory.prompt_len[:, None], (trajectory.prompt_len + trajectory.response_len)[:, None]
+    is_judged = is_token & (behind >= prompt_end) & (behind < end)
+
+    def join(left: Tensor, right: Tensor, value: int = 0) -> Tensor:
+        return F.pad(torch.cat([left, right], 1), (0, missing), value=value)
+
+    attributes = TokenAttributes(
+        join(rows.attributes.document_ids, copy.document_ids, PADDING_DOCUMENT),
+        join(rows.attributes.stream_ids, copy.stream_ids),
+        join(rows.attributes.position_ids, copy.position_ids),
+        join(rows.attributes.block_ids, copy.block_ids),
+    )
+    no_state = torch.zeros_like(is_judged)
+    masks = join(rows.loss_mask, no_state), join(rows.causal_mask, is_judged)
+    return TwoStreamRows(join(rows.token_ids, token_ids), attributes, *masks, len(trajectory))
 
 
 def _end_to_end(attributes: TokenAttributes, multiple_of: int) -> Callable[..., Tensor]:

@@ -56,6 +56,7 @@ def one_state_per_block(
     num_states: int = 1,
     seed: int,
     step: int,
+    epoch: int = 0,
     exclude_end_token: bool = False,
 ) -> DenoisingState:
     """For every copy and block, one of the block's states, uniformly and independently, stitched into one canvas.
@@ -66,7 +67,7 @@ def one_state_per_block(
     """
     steps, is_event = _events(trajectory)
     first_position = torch.arange(0, trajectory.token_ids.shape[1], trajectory.block_size, device=steps.device)
-    copies = torch.arange(num_states, device=steps.device)
+    copies = torch.arange(num_states, device=steps.device) + epoch * num_states
     draw = uniform(seed, Stream.STATE, step, trajectory.sample_ids[:, None, None], first_position, copies[:, None])
     num_events = is_event.sum(-1)[:, None]
     state_number = (draw * num_events).long().clamp(max=num_events - 1)
@@ -81,12 +82,13 @@ def all_states(
     num_states: int = 1,
     seed: int = 0,
     step: int = 0,
+    epoch: int = 0,
     exclude_end_token: bool = False,
 ) -> DenoisingState:
     """Every state of every block: copy s holds each block's s-th one, most masked first.
 
     Blocks with fewer states stay clean in the later copies and are not supervised there. Nothing is drawn:
-    ``num_states``, ``seed`` and ``step`` have no effect.
+    ``num_states``, ``seed``, ``step`` and ``epoch`` have no effect.
     """
     steps, is_event = _events(trajectory)
     num_events = is_event.sum(-1)
@@ -103,6 +105,7 @@ def random_mask(
     num_states: int = 1,
     seed: int,
     step: int,
+    epoch: int = 0,
     exclude_end_token: bool = False,
 ) -> DenoisingState:
     """Random states: each block's real response tokens are masked with a probability t ~ U(0, 1), at least one of them.
@@ -112,7 +115,7 @@ def random_mask(
     """
     block_size = trajectory.block_size
     positions = torch.arange(trajectory.token_ids.shape[1], device=trajectory.token_ids.device)
-    copies = torch.arange(num_states, device=positions.device)[:, None]
+    copies = torch.arange(num_states, device=positions.device)[:, None] + epoch * num_states
     samples = trajectory.sample_ids[:, None, None]
     ratio = uniform(seed, Stream.NOISE, step, samples, positions[::block_size], 2 * copies)
     token_draw = uniform(seed, Stream.NOISE, step, samples, positions, 2 * copies + 1)
@@ -150,6 +153,7 @@ def select_states(
     num_states: int = 1,
     seed: int,
     step: int,
+    epoch: int = 0,
     exclude_end_token: bool = False,
 ) -> DenoisingState:
     """Select states by the name of the way to do it.
@@ -161,6 +165,7 @@ def select_states(
         num_states: copies of each row; ``all_states`` makes as many as there are.
         seed: the run's seed.
         step: rollout step.
+        epoch: number of the pass over this rollout batch; each has states of its own.
         exclude_end_token: do not supervise the end-of-turn token, as the official code does.
     """
     return _SELECTIONS[StateSelection(name)](
@@ -169,6 +174,7 @@ def select_states(
         num_states=num_states,
         seed=seed,
         step=step,
+        epoch=epoch,
         exclude_end_token=exclude_end_token,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.layout import SupervisedIndex, row_layout, share_of_columns, two_stream_rows
+from nemo_opdlm.diffusion.layout import SupervisedIndex, row_lengths, share_of_columns, two_stream_rows
 from nemo_opdlm.diffusion.packing import pack
 from nemo_opdlm.diffusion.state_selection import DenoisingState, revealed_from
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -21,8 +21,10 @@ from nemo_opdlm.megatron.teacher import TeacherTargets
 #: Upper edges of the mask-ratio buckets that the divergence is reported by.
 MASK_RATIOS = (0.25, 0.5, 0.75, 1.0)
 #: What a micro-batch reports, sums over its supervised tokens.
-SUMS = ("loss_sum", "count", "divergence_sum", "agreements", "num_tokens", "logprob_gap_sum", "num_revealed") + tuple(
-    f"{name}_{upper}" for upper in MASK_RATIOS for name in ("divergence_sum", "num_tokens")
+SUMS = (
+    *("loss_sum", "count", "divergence_sum", "agreements", "num_tokens", "logprob_gap_sum", "num_revealed"),
+    *("ar_divergence_sum", "num_ar_tokens"),
+    *(f"{name}_{upper}" for upper in MASK_RATIOS for name in ("divergence_sum", "num_tokens")),
 )
 #: What it reports beside them, maxima that are at least 0.
 MAXIMA = ("logprob_gap_max",)
@@ -30,13 +32,13 @@ MAXIMA = ("logprob_gap_max",)
 
 @dataclass(frozen=True)
 class Supervision:
-    """Where and how a micro-batch is supervised; M supervised tokens in row-major order.
+    """Where and how a micro-batch is supervised; M supervised tokens, S of states in row-major order, then causal ones.
 
     Attributes:
         row, column: ``[M]`` their places in the two-stream rows.
         target: ``[M]`` numbers of their targets in ``targets``.
         weight: fp32 ``[M]`` weight of each divergence.
-        mask_ratio: fp32 ``[M]`` masked share of the token's block.
+        mask_ratio: fp32 ``[S]`` masked share of the token's block.
         count: what the summed loss is divided by, this micro-batch's share.
         targets: the rollout batch's teacher targets.
         revealed: supervised tokens to compare with the rollout; None for none.
@@ -66,6 +68,7 @@ def micro_batches(
     split: RowSplit = RowSplit(),  # noqa: B008 (frozen)
     forbidden: Tensor | None = None,
     pack_to_tokens: int | None = None,
+    ar_loss_weight: float = 0.0,
 ) -> list[MicroBatch]:
     """Cut ``rows`` of a rollout batch into micro-batches, so that little is padded.
 
@@ -74,6 +77,8 @@ def micro_batches(
 
     Where the states are visited ones and the weights still those of the rollout, ``forbidden`` (bool ``[V]``, tokens that
     the rollout gave no probability) lets the loss also compare the probabilities of training and rollout.
+
+    The causal tokens of a response weigh together ``ar_loss_weight`` times as much as the tokens of its states do.
 
     Raises:
         ValueError: a row has more than ``pack_to_tokens``.
@@ -85,14 +90,23 @@ def micro_batches(
         lengths = trajectory_rows.prompt_len + trajectory_rows.response_len
         parts = rows[lengths.argsort(stable=True)].split(micro_batch_size)
     else:
-        lengths = row_layout(trajectory_rows, state_rows).row_len
+        lengths = row_lengths(trajectory_rows, state_rows, ar_loss_weight > 0)
         capacity = pack_capacity(pack_to_tokens, int(lengths.max()), split.multiple_of)
         parts = tuple(rows[numbers] for numbers in pack(lengths, capacity))
     index = TargetIndex(trajectory.prompt_len, trajectory.response_len)
     is_packed = pack_to_tokens is not None
     return [
         _micro_batch(
-            trajectory.index(part), states.index(part), targets, index, part, normalization, split, forbidden, is_packed
+            trajectory.index(part),
+            states.index(part),
+            targets,
+            index,
+            part,
+            normalization,
+            split,
+            forbidden,
+            is_packed,
+            ar_loss_weight,
         )
         for part in parts
     ]
@@ -123,22 +137,24 @@ def _micro_batch(
     split: RowSplit,
     forbidden: Tensor | None,
     is_packed: bool,
+    ar_loss_weight: float,
 ) -> MicroBatch:
+    multiple_of = 1 if is_packed else split.multiple_of
+    two_stream = two_stream_rows(trajectory, states, multiple_of, has_causal_copy=ar_loss_weight > 0)
     if is_packed:
-        two_stream = two_stream_rows(trajectory, states).packed(split.multiple_of)
-    else:
-        two_stream = two_stream_rows(trajectory, states, split.multiple_of)
+        two_stream = two_stream.packed(split.multiple_of)
     if split.num_ranks > 1:
         mine = share_of_columns(two_stream.token_ids.shape[1], split.rank, split.num_ranks)
         two_stream = two_stream.columns(mine.to(rollouts.device))
     weights, count = token_weights(states.loss_mask, states.num_states, normalization)
-    supervised = two_stream.supervised_index
-    row, column, document, copy, position = supervised
+    supervised, causal = two_stream.supervised_index, two_stream.causal_index
+    _, _, document, copy, position = supervised
+    of_response = ar_loss_weight * weights.sum((1, 2)) / trajectory.response_len
     supervision = Supervision(
-        row=row,
-        column=column,
-        target=index.rows(rollouts[document], position),
-        weight=weights[document, copy, position],
+        row=torch.cat([supervised.row, causal.row]),
+        column=torch.cat([supervised.column, causal.column]),
+        target=torch.cat([index.rows(rollouts[part.document], part.position) for part in (supervised, causal)]),
+        weight=torch.cat([weights[document, copy, position], of_response[causal.document]]),
         mask_ratio=_mask_ratio(states.loss_mask, trajectory.block_size)[document, copy, position],
         # Of the ranks that share the rows, one counts them.
         count=count * (split.rank == 0),
@@ -171,13 +187,16 @@ def distillation_loss(head: LMHead, spec: DivergenceSpec) -> LossFunction:
         supervision: Supervision = batch.payload
         rows = hidden[supervision.row, supervision.column]
         tokens = token_losses(head, rows, supervision.targets_of, spec, supervision.weight, supervision.revealed)
-        divergence, gap = tokens.divergence, tokens.logprob_gap
+        num_states, gap = supervision.mask_ratio.numel(), tokens.logprob_gap
+        divergence, of_causal = tokens.divergence[:num_states], tokens.divergence[num_states:]
         sums = {
             "loss_sum": tokens.loss_sum.detach(),
             "count": supervision.count,
             "divergence_sum": divergence.sum(),
-            "agreements": tokens.agrees.sum(),
+            "agreements": tokens.agrees[:num_states].sum(),
             "num_tokens": torch.tensor(divergence.numel()),
+            "ar_divergence_sum": of_causal.sum(),
+            "num_ar_tokens": torch.tensor(of_causal.numel()),
             "logprob_gap_sum": gap.sum(),
             "num_revealed": torch.tensor(gap.numel()),
             "logprob_gap_max": gap.max() if gap.numel() else gap.sum(),

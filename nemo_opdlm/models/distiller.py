@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,11 +42,13 @@ class RolloutBatch:
 
     Attributes:
         rollout_step: which one.
+        epoch: the pass over its rollouts that the states are for, from 0.
         trajectory, states: all of it, on every rank: what a checkpoint of any layout holds.
         share: this rank's part.
     """
 
     rollout_step: int
+    epoch: int
     trajectory: Trajectory
     states: DenoisingState
     share: Share
@@ -108,16 +110,19 @@ class OnPolicyDistiller:
         """
         metrics: Metrics = {}
         rollout_step, index = divmod(global_step, self.updates_per_rollout)
+        epoch, index = divmod(index, self.config.updates_per_epoch)
         if self.batch is None or self.batch.rollout_step != rollout_step + 1:
             # Its targets are not to wait beside the next ones.
             self.batch = None
             # 1. The student answers the next prompts with its own sampler.
             trajectory = self.roll_out(rollout_step + 1, metrics)
             # 2. One half-masked state of each block it really visited.
-            states = self.select_states(rollout_step + 1, trajectory)
+            states = self.select_states(rollout_step + 1, trajectory, epoch)
             # 3. The teacher, once per rollout batch: the targets of all its states and updates.
             share = self.share_out(trajectory, states, metrics)
-            self.batch = RolloutBatch(rollout_step + 1, trajectory, states, share)
+            self.batch = RolloutBatch(rollout_step + 1, epoch, trajectory, states, share)
+        elif self.batch.epoch != epoch:
+            self.batch = self.next_epoch(self.batch, epoch)
         # 4. The loss: a sum over masked tokens, divided by one global count.
         self.accumulate_gradients(self.batch, index, metrics)
         # 5. The update.
@@ -158,8 +163,8 @@ class OnPolicyDistiller:
         assert self.teacher is not None
         return self.method.engine(self.teacher.network, max_batch_size).generate_autoregressive
 
-    def select_states(self, rollout_step: int, trajectory: Trajectory) -> DenoisingState:
-        """The half-masked states that this rollout batch trains on."""
+    def select_states(self, rollout_step: int, trajectory: Trajectory, epoch: int) -> DenoisingState:
+        """The half-masked states that a pass over this rollout batch trains on."""
         opdlm = self.config.opdlm
         return select_states(
             opdlm.state_selection,
@@ -168,16 +173,26 @@ class OnPolicyDistiller:
             num_states=opdlm.states_per_rollout,
             seed=self.config.seed,
             step=rollout_step,
+            epoch=epoch,
             exclude_end_token=opdlm.exclude_end_token,
         )
 
     def share_out(self, trajectory: Trajectory, states: DenoisingState, metrics: Metrics) -> Share:
         """This data-parallel rank's rollouts, and the targets of all their response tokens from one causal pass."""
-        parallel = self.student.parallel
-        rows = rows_of_rank(trajectory, self.config.global_batch_size, parallel.dp_rank, parallel.dp_size)
+        rows = self._rows_of_rank(trajectory)
         trajectory, states = trajectory.index(rows), states.index(rows)
         with _timed("teacher", metrics):
             return Share(trajectory, states, self._targets(trajectory))
+
+    def next_epoch(self, batch: RolloutBatch, epoch: int) -> RolloutBatch:
+        """The same rollouts and targets with other states."""
+        states = self.select_states(batch.rollout_step, batch.trajectory, epoch)
+        share = replace(batch.share, states=states.index(self._rows_of_rank(batch.trajectory)))
+        return replace(batch, epoch=epoch, states=states, share=share)
+
+    def _rows_of_rank(self, trajectory: Trajectory) -> Tensor:
+        parallel = self.student.parallel
+        return rows_of_rank(trajectory, self.config.global_batch_size, parallel.dp_rank, parallel.dp_size)
 
     def _targets(self, trajectory: Trajectory) -> TeacherTargets:
         if self.teacher is None:
@@ -185,7 +200,7 @@ class OnPolicyDistiller:
         return self.teacher.targets(trajectory, self.method.divergence)
 
     def accumulate_gradients(self, batch: RolloutBatch, index: int, metrics: Metrics) -> None:
-        """Forward and backward passes of the batch's update number ``index``."""
+        """Forward and backward passes of update number ``index`` of the batch's epoch."""
         with _timed("student", metrics):
             size = self.config.global_batch_size // self.student.parallel.dp_size
             parts = micro_batches(
@@ -196,18 +211,19 @@ class OnPolicyDistiller:
                 Normalization(self.config.opdlm.normalization),
                 self.config.micro_batch_size,
                 RowSplit.over_context(self.student.model),
-                self._forbidden_where_comparable(index),
+                self._forbidden_where_comparable(batch.epoch, index),
                 self.config.opdlm.pack_to_tokens,
+                self.config.opdlm.ar_loss_weight,
             )
             self.optimizer.zero_grad()
             totals = total(forward_backward(self.student, parts, self.loss), self.student.parallel)
         self.num_trained_tokens += int(totals["num_tokens"])
         metrics.update(_train_metrics(totals))
 
-    def _forbidden_where_comparable(self, index: int) -> Tensor | None:
+    def _forbidden_where_comparable(self, epoch: int, index: int) -> Tensor | None:
         """Tokens without probability in rollouts; None unless an update sees what the rollout saw, with the same weights."""
         opdlm = self.config.opdlm
-        if index > 0 or opdlm.responses != "student" or opdlm.state_selection == "random_mask":
+        if epoch > 0 or index > 0 or opdlm.responses != "student" or opdlm.state_selection == "random_mask":
             return None
         return self.method.tokens.forbidden.to(self.student.parallel.device)
 
@@ -244,7 +260,7 @@ class OnPolicyDistiller:
             "num_skipped_in_a_row": self.num_skipped_in_a_row,
         }
         if self.batch is not None:
-            state["rollout_step"] = self.batch.rollout_step
+            state["rollout_step"], state["epoch"] = self.batch.rollout_step, self.batch.epoch
             state["trajectory"] = self.batch.trajectory.state_dict()
             state["states"] = dict(vars(self.batch.states))
         return state
@@ -256,6 +272,7 @@ class OnPolicyDistiller:
             "model.opdlm.rollout.num_prompts_per_step": rollout.num_prompts_per_step,
             "model.opdlm.rollout.num_responses_per_prompt": rollout.num_responses_per_prompt,
             "model.global_batch_size": self.config.global_batch_size,
+            "model.opdlm.epochs_per_rollout": self.config.opdlm.epochs_per_rollout,
             "model.opdlm.block_size": self.config.opdlm.block_size,
             "model.seed": self.config.seed,
             "number of training prompts": len(self.prompts),
@@ -281,8 +298,8 @@ class OnPolicyDistiller:
         device = self.student.parallel.device
         trajectory = Trajectory.from_state_dict(state["trajectory"]).to(device)  # type: ignore[arg-type]
         states = DenoisingState(**state["states"]).to(device)  # type: ignore[arg-type]
-        rollout_step = int(state["rollout_step"])  # type: ignore[call-overload]
-        self.batch = RolloutBatch(rollout_step, trajectory, states, self.share_out(trajectory, states, {}))
+        rollout_step, epoch = int(state["rollout_step"]), int(state["epoch"])  # type: ignore[call-overload]
+        self.batch = RolloutBatch(rollout_step, epoch, trajectory, states, self.share_out(trajectory, states, {}))
 
 
 def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, dp_size: int) -> Tensor:
@@ -320,6 +337,8 @@ def _train_metrics(totals: dict[str, float]) -> Metrics:
         "train/kl": totals["divergence_sum"] / num_tokens,
         "train/agreement": totals["agreements"] / num_tokens,
     }
+    if totals["num_ar_tokens"]:
+        metrics["train/ar_kl"] = totals["ar_divergence_sum"] / totals["num_ar_tokens"]
     if totals["num_revealed"]:
         metrics["rollout/logprob_gap"] = totals["logprob_gap_sum"] / totals["num_revealed"]
         metrics["rollout/logprob_gap_max"] = totals["logprob_gap_max"]

@@ -69,12 +69,14 @@ class RowLimits:
         response: tokens of a response.
         copies: states of a response that are trained side by side.
         block_size: tokens denoised together.
+        has_causal_copy: whether prompt and response are trained under causal attention, too.
     """
 
     prompt: int
     response: int
     copies: int
     block_size: int
+    has_causal_copy: bool = False
 
     @staticmethod
     def of(config: ModelConfig, context_len: int) -> "RowLimits":
@@ -89,7 +91,7 @@ class RowLimits:
         response = min(limits)
         # Where prompt and response do not fit together, a shorter prompt leaves room for a longer response.
         prompt = min(data.truncate_prompt_to or data.max_prompt_length, context_len - response)
-        return RowLimits(prompt, response, _copies(opdlm), block)
+        return RowLimits(prompt, response, _copies(opdlm), block, opdlm.ar_loss_weight > 0)
 
     @property
     def total(self) -> int:
@@ -103,9 +105,14 @@ class RowLimits:
 
     @property
     def two_stream(self) -> int:
-        """Prompt, clean response and its states."""
+        """Prompt, clean response and its states, and their causal copy."""
         prefix = self.prompt // self.block_size * self.block_size
-        return self.blocks + self.copies * (self.blocks - prefix)
+        return self.blocks + self.copies * (self.blocks - prefix) + self.total * self.has_causal_copy
+
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens."""
+        return (self.copies + self.has_causal_copy) * self.response
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def _check_rows(model: ModelConfig, prompt_len: Tensor, limits: Tensor, num_stat
     if pack_to_tokens is not None:
         tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
         multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
-        pack_capacity(pack_to_tokens, int(layout.row_len.max()), multiple_of)
+        row_len = layout.row_len + (prompt_len + limits) * (model.opdlm.ar_loss_weight > 0)
+        pack_capacity(pack_to_tokens, int(row_len.max()), multiple_of)
 
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:

@@ -139,22 +139,34 @@ def teacher_log_probs(problem: Problem, row: int) -> Tensor:
         return problem.reference_teacher(problem.trajectory.token_ids[row : row + 1, :length]).logits[0].log_softmax(-1)
 
 
-def oracle(problem: Problem, normalization: Normalization) -> tuple[float, Gradients]:
+def causal_divergence(problem: Problem, row: int, log_phi: Tensor) -> Tensor:
+    """Mean forward KL of the student as a causal model over a response."""
+    prompt_len, length = int(problem.trajectory.prompt_len[row]), log_phi.shape[0]
+    logits = problem.reference_student(problem.trajectory.token_ids[row : row + 1, :length]).logits[0]
+    judges = slice(prompt_len - 1, length - 1)
+    return (log_phi[judges].exp() * (log_phi[judges] - logits[judges].log_softmax(-1))).sum(-1).mean()
+
+
+def oracle(problem: Problem, normalization: Normalization, ar_loss_weight: float = 0.0) -> tuple[float, Gradients]:
     """Forward KL of every supervised position, its mean, and autograd's gradient under Megatron's names."""
     model = problem.reference_student
     model.zero_grad()
     per_copy: list[Tensor] = []
+    causal: list[Tensor] = []
     for row in range(len(problem.trajectory)):
         log_phi = teacher_log_probs(problem, row)
+        causal += NUM_STATES * [causal_divergence(problem, row, log_phi)]
         for number in range(NUM_STATES):
             ids, positions, mask, supervised = two_stream_row(problem, row, number)
             logits = model(ids, position_ids=positions, attention_mask=mask).logits[0]
             phi = log_phi[[int(positions[0, column]) - 1 for column in supervised]]
             per_copy.append((phi.exp() * (phi - logits[supervised].log_softmax(-1))).sum(-1))
     if normalization is Normalization.token:
-        loss = torch.cat(per_copy).mean()
+        num_tokens = torch.tensor([divergence.numel() for divergence in per_copy])
+        loss = torch.cat(per_copy).mean() + ar_loss_weight * (torch.stack(causal) * num_tokens).sum() / num_tokens.sum()
     else:
         loss = torch.stack([divergence.mean() for divergence in per_copy]).mean()
+        loss = loss + ar_loss_weight * torch.stack(causal).mean()
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     arch = problem.student.architecture
@@ -181,6 +193,7 @@ def ours(
     spec: DivergenceSpec = DivergenceSpec(),  # noqa: B008 (frozen)
     batch: tuple[Trajectory, DenoisingState] | None = None,
     pack_to_tokens: int | None = None,
+    ar_loss_weight: float = 0.0,
     **options: Any,
 ) -> Outcome:
     """The update as training makes it: Megatron's DDP, schedule and gradient buffers."""
@@ -196,7 +209,15 @@ def ours(
     rows = torch.arange(len(trajectory))
     split = RowSplit.over_context(model)
     parts = micro_batches(
-        trajectory, states, targets, rows, normalization, micro_batch_size, split, pack_to_tokens=pack_to_tokens
+        trajectory,
+        states,
+        targets,
+        rows,
+        normalization,
+        micro_batch_size,
+        split,
+        pack_to_tokens=pack_to_tokens,
+        ar_loss_weight=ar_loss_weight,
     )
     assert all(part.token_ids.shape[1] % model.options.token_multiple == 0 for part in parts)
     optimizer.zero_grad()
@@ -221,6 +242,17 @@ def test_loss_and_gradients_are_those_of_autograd_on_transformers_in_fp64(
 ) -> None:
     loss, gradients = oracle(problem, normalization)
     update = ours(problem, normalization, head_type=head_type)
+    assert update.loss == pytest.approx(loss, rel=1e-5)
+    assert_same({name: gradient.float() for name, gradient in gradients.items()}, update.gradients, 1e-4)
+
+
+@pytest.mark.parametrize("normalization", list(Normalization))
+@pytest.mark.parametrize("pack_to_tokens", [None, 150])
+def test_the_ar_loss_is_that_of_a_causal_pass_over_the_same_texts(
+    problem: Problem, normalization: Normalization, pack_to_tokens: int | None
+) -> None:
+    loss, gradients = oracle(problem, normalization, ar_loss_weight=0.7)
+    update = ours(problem, normalization, pack_to_tokens=pack_to_tokens, ar_loss_weight=0.7, token_multiple=16)
     assert update.loss == pytest.approx(loss, rel=1e-5)
     assert_same({name: gradient.float() for name, gradient in gradients.items()}, update.gradients, 1e-4)
 

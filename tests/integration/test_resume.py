@@ -103,6 +103,21 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert without_times(found) == without_times(rows)
 
 
+@pytest.mark.parametrize("first_leg", [2, 3])
+def test_the_second_pass_over_a_rollout_batch_is_resumed_bitwise(first_leg: int, archive: str, tmp_path: Path) -> None:
+    """After 2 updates the pass is due, after 3 it is half done; each pass trains states of its own."""
+    overrides = (*QUICKSTART, archive, "model.opdlm.epochs_per_rollout=2")
+    whole = run(tmp_path / "whole", *overrides, "trainer.max_steps=5")
+    run(tmp_path / "legs", *overrides, f"trainer.max_steps={first_leg}")
+    resumed = run(tmp_path / "legs", *overrides, "trainer.max_steps=5")
+    assert_identical(everything(whole), everything(resumed))
+    expected, found = (read_metrics(tmp_path / name) for name in ("whole", "legs"))
+    assert [row["rollout_step"] for row in found] == [1, 1, 1, 1, 2]
+    assert without_times(found) == without_times(expected)
+    trained = [0.0, *(row["trained_tokens"] for row in expected)]
+    assert trained[3] - trained[2] != trained[1] - trained[0], "the same states once more"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
 def test_fp32_master_weights_and_moments_survive_an_interruption_in_bf16(precision: str, tmp_path: Path) -> None:
     overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, f"trainer.precision={precision}")
@@ -152,7 +167,13 @@ def test_the_checkpoint_of_another_network_is_refused_by_tensor(
 
 
 @pytest.mark.parametrize(
-    "change", ["model.global_batch_size=8", "model.opdlm.rollout.num_prompts_per_step=16", "model.seed=7"]
+    "change",
+    [
+        "model.global_batch_size=8",
+        "model.opdlm.rollout.num_prompts_per_step=16",
+        "model.opdlm.epochs_per_rollout=2",
+        "model.seed=7",
+    ],
 )
 def test_changes_that_would_give_an_update_other_samples_are_refused(
     begun: tuple[Path, tuple[str, ...]], change: str

@@ -49,10 +49,10 @@ def measure(arch: Architecture, overrides: tuple[str, ...]) -> dict[str, int]:
     held = {name: _nbytes(tensors) for name, tensors in _held(distiller).items()}
     with AllocationProfile() as rollout:
         trajectory = distiller.roll_out(1, {})
-    states = distiller.select_states(1, trajectory)
+    states = distiller.select_states(1, trajectory, 0)
     with AllocationProfile() as teacher:
         share = distiller.share_out(trajectory, states, {})
-    batch = RolloutBatch(1, trajectory, states, share)
+    batch = RolloutBatch(1, 0, trajectory, states, share)
     held["targets"] = _nbytes(_tensors(batch.share.targets))
     held["records"] = sum(_nbytes(_tensors(part)) for part in (trajectory, states, share.trajectory, share.states))
     with AllocationProfile() as update:

@@ -157,6 +157,11 @@ VARIANTS = {
         Layout(context=2),
         ("model.opdlm.states_per_rollout=2", "model.opdlm.normalization=token"),
     ),
+    "AR loss": (
+        4,
+        Layout(tensor=2, sequence=True, context=2),
+        ("model.opdlm.ar_loss_weight=0.5", "model.opdlm.pack_to_tokens=400"),
+    ),
     "more ranks than micro-batches": (4, Layout(context=2), ("model.global_batch_size=2", "model.micro_batch_size=1")),
     "overlapped gradients": (2, Layout(), ("model.optim.overlap_grad_sync=true",)),
     "overlapped gradients, some ranks with nothing to learn": (

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from nemo_opdlm.diffusion.layout import BlockLayout, clean_rows, two_stream_rows
+from nemo_opdlm.diffusion.layout import BlockLayout, clean_rows, row_lengths, two_stream_rows
+from nemo_opdlm.diffusion.masks import AttentionRule, dense
 from nemo_opdlm.diffusion.state_selection import DenoisingState, StateSelection, select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.testing.oracles import oracle_row
@@ -132,6 +133,36 @@ def test_copies_in_one_row_hold_what_rows_of_their_own_hold() -> None:
                 expected = getattr(alone, name)[b, is_token]
                 assert torch.equal(getattr(together, name)[b, mine], expected)
             assert torch.equal(together.attributes.position_ids[b, mine], alone.attributes.position_ids[b, is_token])
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_causal_copy_is_a_document_of_its_own_that_sees_what_stands_before(is_packed: bool) -> None:
+    trajectory = random_trajectory(7, 4)
+    states = states_of(trajectory, num_states=2)
+    plain, rows = (two_stream_rows(trajectory, states, has_causal_copy=has_copy) for has_copy in (False, True))
+    lengths = row_lengths(trajectory, states, has_causal_copy=True)
+    assert torch.equal((rows.attributes.document_ids >= 0).sum(1), lengths)
+    if is_packed:
+        plain, rows = plain.packed(), rows.packed(multiple_of=16)
+    is_copy = rows.attributes.document_ids >= len(trajectory)
+    is_two_stream = (rows.attributes.document_ids >= 0) & ~is_copy
+    for name in ("token_ids", "loss_mask"):
+        expected = getattr(plain, name)[plain.attributes.document_ids >= 0]
+        assert torch.equal(getattr(rows, name)[is_two_stream], expected)
+    sees = dense(AttentionRule.BLOCK_DIFFUSION, rows.attributes, rows.attributes)[:, 0]
+    for number in range(len(trajectory)):
+        row = 0 if is_packed else number
+        columns = (rows.attributes.document_ids[row] == number + len(trajectory)).nonzero()[:, 0]
+        length = int(trajectory.prompt_len[number] + trajectory.response_len[number])
+        assert torch.equal(rows.token_ids[row, columns], trajectory.token_ids[number, :length])
+        assert torch.equal(sees[row][columns][:, columns], torch.ones(length, length, dtype=torch.bool).tril())
+        assert int(sees[row][columns].sum()) == length * (length + 1) // 2, "it sees another document"
+        assert int(sees[row][:, columns].sum()) == length * (length + 1) // 2, "another document sees it"
+    found = rows.causal_index
+    expected = [(b, int(p)) for b in range(len(trajectory)) for p in trajectory.is_response[b].nonzero()]
+    assert list(zip(found.document.tolist(), found.position.tolist(), strict=True)) == expected
+    judges = rows.attributes.position_ids[found.row, found.column]
+    assert torch.equal(judges + 1, found.position)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -202,13 +202,15 @@ def test_a_sample_has_the_same_states_in_any_batch(name: str) -> None:
 def test_the_draw_follows_seed_step_and_sample_only(name: str) -> None:
     trajectory = random_trajectory(10, 4)
 
-    def draw(trajectory: Trajectory, num_states: int = 2, seed: int = 3, step: int = 7) -> Tensor:
-        states = select_states(name, trajectory, MASK_TOKEN_ID, num_states=num_states, seed=seed, step=step)
-        return states.state_ids
+    def draw(trajectory: Trajectory, num_states: int = 2, seed: int = 3, step: int = 7, epoch: int = 0) -> Tensor:
+        options = {"num_states": num_states, "seed": seed, "step": step, "epoch": epoch}
+        return select_states(name, trajectory, MASK_TOKEN_ID, **options).state_ids
 
     base = draw(trajectory)
     assert torch.equal(draw(trajectory), base)
     assert torch.equal(draw(trajectory, num_states=5)[:, :2], base)
+    # A later pass over the rollouts takes the copies that come after those of the passes before it.
+    assert torch.equal(draw(trajectory, epoch=1), draw(trajectory, num_states=4)[:, 2:])
     renamed = replace(trajectory, sample_ids=trajectory.sample_ids + 100)
     for other in (draw(trajectory, seed=4), draw(trajectory, step=8), draw(renamed)):
         assert not torch.equal(other, base)
