@@ -11,7 +11,7 @@ import torch
 from nemo_opdlm.benchmark.floor import Machine
 from nemo_opdlm.benchmark.timing import LEAST_MODEL_SHARE, wait
 from nemo_opdlm.benchmark.training_arms import Arms
-from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, HeadLoss, costs, needed_flops
+from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, HeadLoss, flops, needed_flops, peak_bytes
 from nemo_opdlm.benchmark.training_workload import TrainingBatch, mixed_lengths, prompt_lengths
 from nemo_opdlm.benchmark.workload import Subject
 
@@ -70,23 +70,26 @@ def compare(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> dict
     responses = mixed_lengths(plan.num_rows, plan.mean_tokens, plan.cap)
     batch = make_batch(subject, prompt_lengths(plan.num_rows, plan.prompt_len), responses, plan.block_size)
     on_run("counting FLOPs, two and three layers")
-    at_the_mix = costs(subject, batch, plan.pack_to_tokens)
-    on_run(f"counting memory at {plan.memory_tokens} tokens, two and three layers")
-    long = one_row(subject, plan.memory_tokens, plan)
-    at_length = costs(subject, long, plan.pack_to_tokens)
+    spent = flops(subject, batch, plan.pack_to_tokens)
     on_run("counting the head's memory by vocabulary")
     arch = subject.generator.network.arch
     small, large = (HeadLoss.of(arch, vocab_size, HEAD_TOKENS).peak_bytes() for vocab_size in VOCABULARIES)
-    ours, reference = _run(subject, batch, plan, on_run)
+    arms = Arms.of(subject, plan.pack_to_tokens)
+    peaks = {}
+    for name, arm in (("ours", arms.ours), ("reference", arms.reference)):
+        on_run(f"memory at {plan.memory_tokens} tokens: {name}")
+        long = one_row(subject, plan.memory_tokens, plan)
+        peaks[name] = peak_bytes(lambda a=arm, row=long: a.gradients(row))  # type: ignore[misc]
+    ours, reference = _run(subject, arms, batch, plan, on_run)
     ratios = sorted(r / o for r, o in zip(reference.seconds, ours.seconds, strict=True))
-    needed, spent = needed_flops(arch, batch), {name: cost.flops for name, cost in at_the_mix.items()}
+    needed = needed_flops(arch, batch)
     per_second = [spent["ours"] / seconds for seconds in ours.seconds]
     efficiency = [mine / best for mine, best in zip(per_second, ours.machine_flops, strict=True)]
     model_share = statistics.median(reference.model_shares)
     return {
         "speedup_per_useful_token": statistics.median(ratios),
         "speedups": ratios,
-        "peak_memory_ratio": at_length["reference"].peak_bytes / at_length["ours"].peak_bytes,
+        "peak_memory_ratio": peaks["reference"] / peaks["ours"],
         "peak_memory_256k_over_32k_vocab": large / small,
         "matmul_efficiency": statistics.median(efficiency),
         "plan": asdict(plan),
@@ -106,8 +109,7 @@ def compare(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> dict
                 "seconds": runs.seconds,
                 "spent_flops": spent[name],
                 "spent_over_needed": spent[name] / needed,
-                "peak_mib_at_the_mix": at_the_mix[name].peak_bytes / 2**20,
-                "peak_mib": at_length[name].peak_bytes / 2**20,
+                "peak_mib": peaks[name] / 2**20,
                 "model_share": model_share if name == "reference" else None,
                 "is_void": name == "reference" and model_share < LEAST_MODEL_SHARE,
             }
@@ -132,8 +134,10 @@ def one_row(subject: Subject, num_tokens: int, plan: Plan, num_states: int = 1) 
     return make_batch(subject, torch.tensor([prompt_len]), torch.tensor([response_len]), plan.block_size, num_states)
 
 
-def _run(subject: Subject, batch: TrainingBatch, plan: Plan, on_run: Callable[[str], None]) -> tuple[Runs, Runs]:
-    arms, ours, reference = Arms.of(subject, plan.pack_to_tokens), Runs(), Runs()
+def _run(
+    subject: Subject, arms: Arms, batch: TrainingBatch, plan: Plan, on_run: Callable[[str], None]
+) -> tuple[Runs, Runs]:
+    ours, reference = Runs(), Runs()
     on_run("warm-up")
     short = make_batch(subject, torch.tensor([4]), torch.tensor([8]), plan.block_size)
     arms.ours.run(short)

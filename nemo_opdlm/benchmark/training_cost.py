@@ -23,49 +23,33 @@ from nemo_opdlm.testing.memory import AllocationProfile
 FEW_LAYERS = (2, 3)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of the forward and backward passes of an update.
+def flops(subject: Subject, batch: TrainingBatch, pack_to_tokens: int) -> dict[str, float]:
+    """FLOPs of matrix products and attention in the forward and backward passes of both arms' updates.
 
-    Attributes:
-        flops: of matrix products and attention.
-        peak_bytes: most memory beside weights, gradients and the optimizer's state.
-    """
-
-    flops: float
-    peak_bytes: float
-
-    @staticmethod
-    def count(run: Callable[[], object]) -> "Cost":
-        """Watch a call; slow."""
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter, AllocationProfile() as memory:
-            run()
-        return Cost(counter.get_total_flops(), memory.peak_bytes)
-
-    def with_layers(self, one_more: "Cost", num_layers: int) -> "Cost":
-        """Of a network with so many layers more, given the cost with one more: every layer adds the same."""
-        return Cost(
-            self.flops + num_layers * (one_more.flops - self.flops),
-            self.peak_bytes + num_layers * (one_more.peak_bytes - self.peak_bytes),
-        )
-
-
-def costs(subject: Subject, batch: TrainingBatch, pack_to_tokens: int) -> dict[str, Cost]:
-    """Cost of both arms.
-
-    FLOPs grow by the same with every layer. So does the peak of long rows: it is reached before the second layer from the
-    end is computed again, when the inputs of all layers are kept.
+    Every layer adds as many, so that two networks of a few layers tell those of the whole one.
     """
     num_layers, found = subject.generator.network.arch.num_layers, []
     # All published rows are as long as the longest and go one by one.
     longest, num_rows = batch.longest_alone(), int(batch.states.num_states.sum())
     for few in FEW_LAYERS:
         arms = Arms.of(subject, pack_to_tokens, few)
-        ours = Cost.count(lambda a=arms: a.ours.gradients(batch))  # type: ignore[misc]
-        row = Cost.count(lambda a=arms: a.reference.gradients(longest))  # type: ignore[misc]
-        found.append({"ours": ours, "reference": Cost(num_rows * row.flops, row.peak_bytes)})
+        ours, row = _counted(arms.ours.gradients, batch), _counted(arms.reference.gradients, longest)
+        found.append({"ours": ours, "reference": num_rows * row})
     two, three = found
-    return {name: two[name].with_layers(three[name], num_layers - FEW_LAYERS[0]) for name in two}
+    return {name: two[name] + (num_layers - FEW_LAYERS[0]) * (three[name] - two[name]) for name in two}
+
+
+def _counted(run: Callable[[TrainingBatch], object], batch: TrainingBatch) -> float:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run(batch)
+    return float(counter.get_total_flops())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory of a call beside what is there before it; for an update's passes: beside weights, gradients and optimizer."""
+    with AllocationProfile() as memory:
+        run()
+    return memory.peak_bytes
 
 
 def needed_flops(arch: Architecture, batch: TrainingBatch) -> float:
@@ -114,9 +98,7 @@ class HeadLoss:
 
     def peak_bytes(self) -> int:
         """Most memory of a first run beside the gradients, which are no working memory."""
-        with AllocationProfile() as memory:
-            self.run()
-        return memory.peak_bytes - 4 * (self.head.model.head_weight().numel() + self.hidden.numel())
+        return peak_bytes(self.run) - 4 * (self.head.model.head_weight().numel() + self.hidden.numel())
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -66,7 +66,7 @@ class ReferenceUpdate:
         loss = torch.zeros((), device=clean_ids.device)
         for number in range(len(batch.trajectory)):
             part = slice(number, number + 1)
-            row = TwoStreamRows(rows.token_ids[part], rows.attributes.map(lambda x, p=part: x[p]), rows.loss_mask[part])  # type: ignore[misc]
+            row = rows.index(part)
             prompt_len = int(batch.trajectory.prompt_len[number])
             loss += self._row(row, clean_ids[part], prompt_len, len(batch.trajectory))
         return float(loss)

@@ -9,7 +9,7 @@ import torch
 from nemo_opdlm.benchmark.timing import wait
 from nemo_opdlm.benchmark.training import HEAD_TOKENS, Plan, make_batch, one_row
 from nemo_opdlm.benchmark.training_arms import Arms
-from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, Cost, HeadLoss
+from nemo_opdlm.benchmark.training_cost import FEW_LAYERS, HeadLoss, peak_bytes
 from nemo_opdlm.benchmark.training_workload import TrainingBatch
 from nemo_opdlm.benchmark.workload import Subject
 
@@ -47,7 +47,7 @@ def _both(arms: Arms, batch: TrainingBatch, device: torch.device) -> dict[str, f
     seconds, peaks = [], []
     for run in (arms.ours.gradients, arms.reference.gradients):
         seconds.append(_seconds(lambda run=run: run(batch), device))  # type: ignore[misc]
-        peaks.append(Cost.count(lambda run=run: run(batch)).peak_bytes)  # type: ignore[misc]
+        peaks.append(peak_bytes(lambda run=run: run(batch)))  # type: ignore[misc]
     return {
         "ms_per_useful_token": 1e3 * seconds[0] / batch.num_useful,
         "time_ratio": seconds[1] / seconds[0],

@@ -22,7 +22,7 @@ def arm_table(figures: Mapping[str, Any]) -> Table:
     )
     table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
     table.add_column("arm", no_wrap=True)
-    for name in ("ms", "spent/needed", "MiB, mix", f"MiB, {plan['memory_tokens']} tokens", "network"):
+    for name in ("ms", "spent/needed", f"MiB, {plan['memory_tokens']} tokens", "network"):
         table.add_column(name, justify="right")
     for key, arm in figures["arms"].items():
         share = arm["model_share"]
@@ -30,7 +30,6 @@ def arm_table(figures: Mapping[str, Any]) -> Table:
             _NAMES[key],
             f"{arm['ms_per_useful_token']:.2f}",
             f"{arm['spent_over_needed']:.2f}",
-            f"{arm['peak_mib_at_the_mix']:.0f}",
             f"{arm['peak_mib']:.0f}",
             "" if share is None else f"{share:.0%}" + (" (void)" if arm["is_void"] else ""),
             style="bold" if key == "ours" else "",
@@ -64,11 +63,9 @@ def remarks(figures: Mapping[str, Any]) -> Iterator[str]:
         f"time per useful token: {figures['speedup_per_useful_token']:.2f} times less ({runs[0]:.2f} to {runs[-1]:.2f}), "
         f"{figures['num_useful_tokens']} useful tokens, {figures['num_supervised_tokens']} of them masked"
     )
-    two, three = figures["counted_layers"]
     yield (
         f"memory at {figures['plan']['memory_tokens']} tokens and {figures['vocab_size']} rows of vocabulary: "
-        f"{figures['peak_memory_ratio']:.2f} times less; counted with {two} and {three} layers, and as much for each further of "
-        f"{figures['num_layers']}"
+        f"{figures['peak_memory_ratio']:.2f} times less"
     )
     yield f"head's memory, 256k over 32k rows of vocabulary: {figures['peak_memory_256k_over_32k_vocab']:.3f}"
     yield (

@@ -19,12 +19,13 @@ from nemo_opdlm.distillation.divergence import (
     TopKTarget,
     token_divergence,
 )
+from nemo_opdlm.megatron.lean_layers import linear_of_few_rows
 from nemo_opdlm.megatron.student import StagedGPT, autocast
 from nemo_opdlm.megatron.vocab_parallel import TensorParallelVocab
 from nemo_opdlm.vocab import LocalVocab, VocabReducer, argmax, local_columns
 
 #: Bytes that a chunk's tensors may take at their peak: few enough on a CPU that the logits stay near its caches.
-CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 3 * 2**30}
+CHUNK_BYTES = {"cpu": 112 * 2**20, "cuda": 3 * 2**30}
 
 
 def bytes_per_logit(spec: DivergenceSpec) -> int:
@@ -36,15 +37,22 @@ def bytes_per_logit(spec: DivergenceSpec) -> int:
     return {DivergenceKind.mixed: 47, DivergenceKind.jsd: 72}.get(spec.kind, 38)
 
 
+#: Rows up to which a product that has to be transposed afterwards is the faster one.
+_FEW_ROWS = 12
+
+
 class LMHead:
     """Logits of gathered hidden rows, fp32, with the vocabulary's padding rows at -inf.
 
     Args:
         model: the network whose head is read in place.
+        adds_in_place: a loss adds the head's gradient to Megatron's fp32 buffer itself, without one of its own beside it.
+            Autograd then has none for DDP's hooks to wait for, so gradients must not be reduced while others are computed.
     """
 
-    def __init__(self, model: StagedGPT) -> None:
+    def __init__(self, model: StagedGPT, *, adds_in_place: bool = False) -> None:
         self.model = model
+        self.adds_in_place = adds_in_place
         tp_size = model.parallel.tp_size
         #: Logits are this rank's columns of the vocabulary; only the reducer knows of the others.
         self.vocab: VocabReducer = LocalVocab()
@@ -56,6 +64,11 @@ class LMHead:
         """Rows of logits to compare at a time, for `CHUNK_BYTES` at their peak."""
         weight = self.model.head_weight()
         return max(1, CHUNK_BYTES[weight.device.type] // (bytes_per_logit(spec) * weight.shape[0]))
+
+    def gradient_buffer(self) -> Tensor | None:
+        """Megatron's buffer of the head's gradient, where losses add to it themselves."""
+        buffer: Tensor | None = getattr(self.model.head_weight(), "main_grad", None) if self.adds_in_place else None
+        return buffer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +87,11 @@ class LMHead:
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Logits ``[T, V_local]`` of hidden states that all shards share, with the head's weight in whatever dtype."""
-        logits = F.linear(hidden, weight).float()
+        few_rows = hidden.dim() == 2 and hidden.shape[0] <= _FEW_ROWS
+        if few_rows and not hidden.is_cuda and hidden.dtype == torch.float32:
+            logits = linear_of_few_rows(hidden, weight).float().contiguous()
+        else:
+            logits = F.linear(hidden, weight).float()
         num_real = self.model.arch.vocab_size - self.vocab.start
         if num_real < logits.shape[-1]:
             is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
@@ -165,7 +182,9 @@ class _Chunks:
 class _ChunkedLoss(torch.autograd.Function):
     """Weighted sum of divergences whose gradients are ready with their values: no chunk's logits are computed twice.
 
-    Kept for the backward pass, which only scales them: the gradients of the hidden states and of the head.
+    Kept for the backward pass, which only scales them: the gradients of the hidden states and of the head. A gradient that
+    goes straight to Megatron's buffer is not scaled: sums per token are, once, when all micro-batches are done, and there is
+    no loss scale without fp16.
     """
 
     @staticmethod
@@ -175,7 +194,9 @@ class _ChunkedLoss(torch.autograd.Function):
         of_hidden, of_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
         # Added up in fp32 over the chunks, whatever the head multiplies in.
-        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if of_head else None
+        buffer = grad_head = chunks.head.gradient_buffer() if of_head else None
+        if of_head and grad_head is None:
+            grad_head = torch.zeros_like(head_weight, dtype=torch.float32)
         parts, num_rows = [], chunks.head.chunk_rows(chunks.spec)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head_weight.to(chunks.head.dtype)
@@ -192,7 +213,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_head is not None:
                     _add_product(grad_head, gradient.T, rows)
                 del gradient  # or it would live beside the next chunk
-        ctx.gradients = grad_hidden, grad_head
+        ctx.gradients = grad_hidden, None if buffer is not None else grad_head
         divergence, agrees, logprob_gap = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(divergence, agrees, logprob_gap)
         return (divergence * chunks.token_weights).sum(), divergence, agrees, logprob_gap
@@ -226,7 +247,7 @@ def token_losses(
     """Divergence of ``hidden [T, hidden]`` from its targets, one chunk of logits at a time.
 
     Nothing of size ``[T, V]`` outlives its chunk. With gradients, one fp32 tensor of the size of the head's weight lives
-    from here to the backward pass, which can run once.
+    from here to the backward pass, which can run once; none where the head ``adds_in_place``.
 
     Args:
         head: the student's head.

@@ -78,7 +78,7 @@ def wrap(model: StagedGPT, settings: OptimizerSettings) -> Network:
     model.config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in ddp]
     model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    network = Network(model, ddp, LMHead(model))
+    network = Network(model, ddp, LMHead(model, adds_in_place=not config.overlap_grad_reduce))
     if config.overlap_param_gather:
         for chunk, wrapper in zip(model, ddp, strict=True):
             chunk.register_forward_hook(partial(_finish_param_sync, wrapper))

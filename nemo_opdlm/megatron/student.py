@@ -32,6 +32,8 @@ from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.attention import AttentionContext, BlockDiffusionAttention
+from nemo_opdlm.megatron.cpu import wants_cpu
+from nemo_opdlm.megatron.lean_layers import GatedRowParallelLinear, hand_over, rms_norm
 from nemo_opdlm.megatron.offload import HostWeights
 from nemo_opdlm.megatron.optional import has_fused_weight_gradients, transformer_engine_spec
 from nemo_opdlm.megatron.parallel import ParallelContext
@@ -71,6 +73,11 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        assert self.eps is not None
+        return super().forward(x) if x.is_cuda else rms_norm(x, self.weight, self.eps)
 
 
 class LinearInputNorm(SequenceParallelRMSNorm):
@@ -155,6 +162,9 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
         perform_initialization=options.initialize,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        # Compiled, which takes a GPU here; a CPU has the activation function of our layer spec.
+        bias_activation_fusion=not wants_cpu(),
+        use_te_activation_func=wants_cpu() and not options.transformer_engine,
         gradient_accumulation_fusion=options.gradient_accumulation_fusion and has_fused_weight_gradients(),
         # Every loss is a sum over supervised tokens; Megatron divides once by the global count.
         calculate_per_token_loss=True,
@@ -169,6 +179,9 @@ def _layer_spec(arch: Architecture, context: AttentionContext, options: ModelOpt
     else:
         spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LinearInputNorm
+        if wants_cpu():
+            mlp = spec.submodules.mlp.submodules
+            mlp.activation_func, mlp.linear_fc2 = hand_over, GatedRowParallelLinear
     attention = spec.submodules.self_attention.submodules
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm

@@ -99,7 +99,7 @@ class _Planner:
         weight, autocast = self._options.params_dtype, self._options.autocast_dtype
         value = weight if autocast is None else autocast
         return NetworkSizes(
-            self.student_arch, self._model, self.stage, weight.itemsize, value.itemsize, fuses_norms=self.on_gpu
+            self.student_arch, self._model, self.stage, weight.itemsize, value.itemsize, on_gpu=self.on_gpu
         )
 
     @property
@@ -107,7 +107,7 @@ class _Planner:
         options = teacher_options(self._model, self._options)
         held = options.autocast_dtype or options.params_dtype
         return NetworkSizes(
-            self.teacher_arch, self._model, self.stage, held.itemsize, held.itemsize, fuses_norms=self.on_gpu
+            self.teacher_arch, self._model, self.stage, held.itemsize, held.itemsize, on_gpu=self.on_gpu
         )
 
     @property
@@ -311,11 +311,11 @@ class _Planner:
         """Tokens of a micro-batch that this rank's head sees."""
         row, length, ranks = self._row, self._micro_batch.length, self._model.context_parallel_size
         if self._model.opdlm.pack_to_tokens is not None:
-            return length // ranks * row.copies * row.response // row.two_stream
+            return length // ranks * row.supervised // row.two_stream
         if ranks == 1:
-            return self._model.micro_batch_size * row.copies * row.response
+            return self._model.micro_batch_size * row.supervised
         # Of 2 x ranks equal pieces a rank holds one from the front and one from the back; the states end the row.
-        piece, first = length // (2 * ranks), row.two_stream - row.copies * row.response
+        piece, first = length // (2 * ranks), row.two_stream - row.supervised
         numbers = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
         states = [sum(min(piece, max(0, (n + 1) * piece - first)) for n in mine) for mine in numbers]
         return self._model.micro_batch_size * max(states)
@@ -327,11 +327,12 @@ class _Planner:
         of_norm = student.kept_by_ends(tokens) * student.is_last
         vocab_gradient = student.vocab_weights * student.weight_bytes
         is_tied = self.student_arch.share_embeddings_and_output_weights and student.is_last
+        is_apart = self._model.optim.overlap_grad_sync
         moments = [
             replace(
                 during,
                 name="update: layers",
-                gradients=during.gradients + vocab_gradient * is_tied,
+                gradients=during.gradients + vocab_gradient * (is_tied and is_apart),
                 activations=kept
                 - of_norm
                 + student.recomputed(tokens, self._layers_of_chunk)
@@ -345,9 +346,11 @@ class _Planner:
                 replace(
                     during,
                     name="update: embedding",
-                    # The tied head's and the embedding's are added into a third one.
-                    gradients=during.gradients + vocab_gradient * (3 if is_tied else 1),
-                    activations=2 * tokens.count * student.residual * student.weight_bytes,
+                    # A tied head's, where it has one of its own, and the embedding's are added into a third one.
+                    gradients=during.gradients + vocab_gradient * (3 if is_tied and is_apart else 1),
+                    # Behind the first stage other micro-batches are still on their way.
+                    activations=self._kept(student, tokens, num_done=1)
+                    + 2 * tokens.count * student.residual * student.weight_bytes,
                 )
             )
         step = self._trains("update: optimizer")
@@ -359,15 +362,18 @@ class _Planner:
         return replace(
             during,
             name="update: head",
-            # Summed up in fp32 over the chunks.
-            gradients=during.gradients + student.vocab_weights * FP32,
+            # Summed up in fp32 over the chunks, in the gradient buffer unless that may be on its way.
+            gradients=during.gradients + student.vocab_weights * FP32 * self._model.optim.overlap_grad_sync,
             activations=kept + rows * self.student_arch.hidden_size * student.weight_bytes,
             logits=bytes_per_logit(self._divergence) * chunk * student.vocab,
         )
 
-    def _kept(self, student: NetworkSizes, tokens: Tokens) -> int:
-        """Activations of all micro-batches in flight."""
+    def _kept(self, student: NetworkSizes, tokens: Tokens, num_done: int = 0) -> int:
+        """Activations of all micro-batches in flight, but for some that are done on this stage."""
         in_flight, chunks = self._in_flight()
+        if chunks <= num_done:
+            return 0
+        in_flight, chunks = max(1, in_flight - num_done), chunks - num_done
         of_layers = chunks * student.kept(tokens, self._layers_of_chunk)
         # Chunks of the mask are kept with what attention keeps, a whole one is not.
         masks = in_flight if tokens.chunk_elements and student.keeps_attention(self._layers_of_chunk) else 1

@@ -12,6 +12,7 @@ import torch
 from nemo_opdlm.config import Architecture, ModelConfig
 from nemo_opdlm.megatron.chunked_attention import CHUNK_ELEMENTS, CPU_QUERIES, KEPT_ELEMENTS
 from nemo_opdlm.megatron.flex import bucket
+from nemo_opdlm.megatron.lean_layers import GATE_ELEMENTS
 
 FP32 = 4
 
@@ -96,7 +97,7 @@ class NetworkSizes:
         stage: of the pipeline.
         weight_bytes: of one weight, and of the residual stream.
         value_bytes: of one activation inside the layers; below `weight_bytes` under autocast.
-        fuses_norms: norms keep their input and nothing else, as on a GPU. On a CPU they keep it and its normed form in fp32.
+        on_gpu: the SwiGLU layer keeps what it multiplies, too; on a CPU only what that is made of (`lean_layers.py`).
     """
 
     arch: Architecture
@@ -104,7 +105,7 @@ class NetworkSizes:
     stage: int
     weight_bytes: int
     value_bytes: int
-    fuses_norms: bool
+    on_gpu: bool
 
     @property
     def tp(self) -> int:
@@ -210,8 +211,7 @@ class NetworkSizes:
         """What one layer keeps of a micro-batch."""
         value, arch = self.value_bytes, self.arch
         per_token = 2 * self._kept_by_norm(self.residual) + self._kept_by_query_norms * arch.qk_layernorm
-        # The SwiGLU layer's inputs and products.
-        per_token += value * 5 * self.ffn
+        per_token += value * (3 if self.on_gpu else 2) * self.ffn
         # Every layer keeps a copy of the mask as numbers, unless it computes its attention again.
         is_selective = self.model.activations_checkpoint_granularity == "selective"
         mask = value * tokens.mask_elements * (not is_selective)
@@ -254,13 +254,14 @@ class NetworkSizes:
 
     def _kept_by_norm(self, channels: int) -> int:
         """A norm in front of a matrix product, which keeps its output."""
-        return channels * ((self.weight_bytes if self.fuses_norms else 2 * FP32) + self.value_bytes)
+        return channels * (self.weight_bytes + self.value_bytes)
 
     def _kept_by_attention(self, tokens: Tokens) -> int:
         projected = tokens.count * (self.queries + 2 * self.keys)
         if tokens.kernel is not Kernel.TILES:
-            # Of what was projected together the values; rotated queries and keys; what attention returns.
-            return self.value_bytes * (projected + tokens.count * (2 * self.queries + self.keys))
+            # Rotated queries and keys, values, and what attention returns.
+            kept = tokens.count * (2 * self.queries + 2 * self.keys)
+            return self.value_bytes * (projected * self.arch.qk_layernorm + kept)
         # Padded copies of all three and of what attention returns, and the latter without its padding.
         padded = tokens.padded * (2 * self.queries + 2 * self.keys)
         cut = tokens.count * self.queries * (tokens.padded > tokens.count)
@@ -268,17 +269,14 @@ class NetworkSizes:
 
     @property
     def _kept_by_query_norms(self) -> int:
-        if self.fuses_norms:
-            return self.queries * self.value_bytes  # a copy; the keys are a view of what was projected
-        keys = FP32 if self.value_bytes == FP32 else 2 * FP32
-        return self.queries * 2 * FP32 + self.keys * keys
+        return self.queries * self.value_bytes  # a copy; the keys are a view of what was projected
 
     # -- what is there for a while --
 
     @property
     def is_lean(self) -> bool:
         """Whether rollouts run `inference.forward_chunk` instead of Megatron's layers."""
-        return self.tp == 1 and not self.fuses_norms
+        return self.tp == 1 and not self.on_gpu
 
     def cast_in_rollouts(self) -> int:
         """Layers' weights as autocast has cast them, once for all forwards of a rollout."""
@@ -287,7 +285,9 @@ class NetworkSizes:
     def forward_workspace(self, tokens: Tokens, *, is_lean: bool = False) -> int:
         """A layer at work without gradients: in the SwiGLU layer, or in attention."""
         value = self.value_bytes
-        swiglu = tokens.count * value * ((4 if is_lean else 5) * self.ffn + 2 * self.arch.hidden_size + 2 * self.residual)
+        ffn = (4 if is_lean else 3 if self.on_gpu else 2) * self.ffn
+        swiglu = tokens.count * value * (ffn + 2 * self.arch.hidden_size + 2 * self.residual)
+        swiglu += 0 if is_lean else self._gate_chunk(tokens)
         attention = tokens.count * value * (4 * self.queries + 4 * self.keys + 2 * self.arch.hidden_size)
         # What the chunks return, before it is joined.
         parts = tokens.count * value * self.queries * (tokens.chunk_elements > 0)
@@ -295,12 +295,17 @@ class NetworkSizes:
 
     def backward_workspace(self, tokens: Tokens) -> int:
         """Gradients of activations and of the largest weight, while a layer goes back: in the SwiGLU layer, or in attention."""
-        activations = tokens.count * self.value_bytes * (2 * self.ffn + 3 * self.arch.hidden_size)
+        of_gate = 2 * self.ffn * self.on_gpu
+        activations = tokens.count * self.value_bytes * (of_gate + 3 * self.arch.hidden_size) + 4 * self._gate_chunk(tokens)
         swiglu = activations + 2 * self.ffn * self.arch.hidden_size * self.weight_bytes
         if not tokens.chunk_elements:
             return swiglu
         attention = tokens.count * self.value_bytes * (2 * self.queries + 2 * self.arch.hidden_size)
         return max(swiglu, attention + tokens.gathered * 2 * self.keys * FP32 + self._chunk(tokens))
+
+    def _gate_chunk(self, tokens: Tokens) -> int:
+        """A tensor of the rows whose gate is computed at a time on a CPU."""
+        return 0 if self.on_gpu else min(tokens.count * self.ffn, GATE_ELEMENTS) * self.value_bytes
 
     def _chunk(self, tokens: Tokens) -> int:
         """A chunk's mask as numbers, and the keys and values that it picks, or those gathered from other ranks."""

@@ -22,6 +22,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "nll_on_own_rollouts": ("model.opdlm.divergence=nll",),
     "all_states": ("model.opdlm.state_selection=all_states",),
     "two_states": ("model.opdlm.states_per_rollout=2",),
+    "two_epochs": ("model.opdlm.epochs_per_rollout=2",),
+    "ar_loss": ("model.opdlm.ar_loss_weight=0.5",),
     "tail_bucket": ("model.opdlm.divergence_top_k=4",),
     "partial": ("model.opdlm.divergence_top_k=4", "model.opdlm.tail=partial"),
     "renormalize": ("model.opdlm.divergence_top_k=4", "model.opdlm.tail=renormalize"),
@@ -130,7 +132,9 @@ def test_where_the_teacher_waits_and_when_gradients_are_summed_changes_nothing(
     assert "overlap_grad_sync: on; " in said and said.endswith("teacher: fp32, offloaded")
     for row, plain in zip(*(read_metrics(tmp_path / name) for name in ("changed", "plain")), strict=True):
         for key in ("train/loss", "train/grad_norm", "val_loss", "generated_tokens"):
-            assert row.get(key) == plain.get(key), key
+            assert (key in row) == (key in plain)
+            # With overlap the head's gradient is added up apart, and rounded otherwise.
+            assert row.get(key, 0.0) == pytest.approx(plain.get(key, 0.0), rel=1e-5), key
 
 
 def test_two_states_train_about_twice_the_tokens_of_one(
