@@ -48,7 +48,7 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=_positive, default=16, help="rows decoded together (default: 16)")
     parser.add_argument("--prompt_len", type=_positive, default=61, help="tokens of a prompt (default: 61)")
     parser.add_argument("--new_tokens", type=_positive, default=128, help="tokens of a response (default: 128)")
-    parser.add_argument("--repeats", type=_positive, default=3, help="runs of each arm (default: 3)")
+    parser.add_argument("--repeats", type=_positive, default=2, help="runs of each arm (default: 2)")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ class Plan:
     prompt_len: int = 61
     new_tokens: int = 128
     block_size: int = 4
-    repeats: int = 3
+    repeats: int = 2
 
 
 @dataclass

@@ -88,6 +88,7 @@ class KVCache:
         self.length = length
         self.query: CachedQuery | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._numbers = (torch.empty(0), torch.empty(0))
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``key``/``value [T, groups, head_dim]``; the visible ``[A, groups, K, head_dim]`` of the rows, or of all slots
@@ -116,6 +117,16 @@ class KVCache:
             return cached_block_mask(query.slots, query.last_visible, self.num_slots, self.length + 1)
         keys = torch.arange(query.num_keys, device=query.last_visible.device)
         return (keys <= query.last_visible[:, :, None]).repeat(1, query.heads, 1)[:, None]
+
+    def as_numbers(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """A bool mask as what is added to scores, once for all layers: on a CPU each layer would make these numbers anew."""
+        if mask.is_cuda:
+            return mask
+        known, numbers = self._numbers
+        if known is not mask or numbers.dtype != dtype:
+            numbers = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            self._numbers = mask, numbers
+        return numbers
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[slots, groups, length + 1, head_dim]`` of a layer (from 1) that has been written."""
@@ -257,7 +268,8 @@ class BlockDiffusionAttention(torch.nn.Module):
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
         if self.context.cache is not None:
             return self.attend_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan.mask)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # A view of it would keep the rest of what it was cut out of, which the turned queries and keys have replaced.
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
         if isinstance(plan.mask, MaskChunks):
             out = attend_in_chunks(query, key, value, plan.mask, self.softmax_scale, self.context.split_group)
         elif isinstance(plan.mask, BlockMask):
@@ -280,7 +292,7 @@ class BlockDiffusionAttention(torch.nn.Module):
         if isinstance(mask, BlockMask):
             out = self._attend_in_place(query, keys, values, mask, step)
         else:
-            out = self._attend_rows(query, keys, values, mask, step)
+            out = self._attend_rows(query, keys, values, cache.as_numbers(mask, query.dtype), step)
         return (F.pad(out, (0, 0, 0, num_filler)) if num_filler else out).unsqueeze(1)
 
     def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, step: CachedQuery) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_opdlm.diffusion.masks import TokenAttributes
-from nemo_opdlm.megatron.rotary import rotate
+from nemo_opdlm.megatron.lean_layers import linear_of_few_rows
+from nemo_opdlm.megatron.rotary import rotate_without_gradient
 from nemo_opdlm.megatron.student import HiddenStatesGPT, StagedGPT
 
 
@@ -37,6 +38,8 @@ def forward_chunk(
         hidden: ``[T, 1, hidden]`` from the chunk before; None for the first.
     """
     hidden = F.embedding(token_ids[0], chunk.embedding.word_embeddings.weight) if hidden is None else hidden[:, 0]
+    if not hidden.is_cuda:
+        hidden = hidden.T.contiguous().T  # in memory as `linear_of_few_rows` returns what is added to it
     stacked = attributes.stack()
     for layer in chunk.decoder.layers:
         hidden = _add(hidden, _attention(layer.self_attention, layer.input_layernorm(hidden), stacked))
@@ -50,14 +53,14 @@ def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
     """Grouped queries: of each group, the heads of its queries, its key and its value stand side by side."""
     core = attention.core_attention
     size, groups = core.config.kv_channels, core.config.num_query_groups
-    heads = _linear(attention.linear_qkv, hidden).unflatten(-1, (groups, -1, size))
+    heads = _linear(attention.linear_qkv, hidden).contiguous().unflatten(-1, (groups, -1, size))
     turned, value = heads[:, :, :-1], heads[:, :, -1]
     if core.config.qk_layernorm:
         query, key = attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])
         turned = torch.cat([query, key], dim=2)
     context = core.context
     plan = context.plan(stacked)
-    turned = rotate(turned, plan.cos, plan.sin)
+    turned = rotate_without_gradient(turned, plan.cos, plan.sin)
     out = core.attend_cached(turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], value, plan.mask)
     return _linear(attention.linear_proj, out[:, 0])
 
@@ -76,4 +79,7 @@ def _linear(module: Any, hidden: Tensor) -> Tensor:
     bias: Tensor | None = module.bias
     if not torch.is_tensor(bias):
         bias = None
-    return F.linear(hidden, module.weight, bias)
+    if hidden.is_cuda or torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden, module.weight, bias)
+    out = linear_of_few_rows(hidden, module.weight)
+    return out if bias is None else out + bias
