@@ -285,10 +285,11 @@ class OnPolicyDistiller:
             ValueError: an update would train on other samples than in the run that saved the state.
         """
         saved: dict[str, int] = state["schedule"]  # type: ignore[assignment]
+        # Checkpoints from before there were several epochs had one.
         for key, value in self._schedule_keys().items():
-            if saved[key] != value:
+            if saved.get(key, 1) != value:
                 raise ValueError(
-                    f"{key}={value} differs from {saved[key]} of the run that saved the checkpoint: resume it as it was "
+                    f"{key}={value} differs from {saved.get(key, 1)} of the run that saved the checkpoint: resume it as it was "
                     "started, or start a new run from its .nemo file"
                 )
         for name in ("num_generated_tokens", "num_trained_tokens", "num_skipped", "num_skipped_in_a_row"):
@@ -298,7 +299,7 @@ class OnPolicyDistiller:
         device = self.student.parallel.device
         trajectory = Trajectory.from_state_dict(state["trajectory"]).to(device)  # type: ignore[arg-type]
         states = DenoisingState(**state["states"]).to(device)  # type: ignore[arg-type]
-        rollout_step, epoch = int(state["rollout_step"]), int(state["epoch"])  # type: ignore[call-overload]
+        rollout_step, epoch = int(state["rollout_step"]), int(state.get("epoch", 0))  # type: ignore[call-overload]
         self.batch = RolloutBatch(rollout_step, epoch, trajectory, states, self.share_out(trajectory, states, {}))
 
 
