@@ -157,26 +157,36 @@ def _check_lengths(
     method = Method.of(model, tokens, model.max_position_embeddings, max_steps)
     if train is not None:
         limits = method.longest_responses(train.prompt_len, list(train.domains))
-        _check_rows(model, train.prompt_len, limits, model.opdlm.max_states_per_rollout)
+        _check_cache(model, train.prompt_len, limits, model.opdlm.block_size)
+        _check_packs(model, train.prompt_len, limits)
     if heldout is not None:
-        limits = torch.full_like(heldout.prompt_len, model.data.validation_ds.response_length)
-        _check_rows(model, heldout.prompt_len, limits, 1)
+        validation = model.data.validation_ds
+        prompt_len = heldout.prompt_len[: validation.num_samples]
+        # The teacher writes the answers, token by token; their states are not packed.
+        _check_cache(model, prompt_len, torch.full_like(prompt_len, validation.response_length), 1)
 
 
-def _check_rows(model: ModelConfig, prompt_len: Tensor, limits: Tensor, num_states: int) -> None:
-    pack_to_tokens, max_batch_tokens = model.opdlm.pack_to_tokens, model.opdlm.rollout.max_batch_tokens
-    layout = BlockLayout(prompt_len, limits, torch.full_like(prompt_len, num_states), model.opdlm.block_size)
-    if max_batch_tokens is not None:
-        assert model.kv_channels is not None
-        longest = int((layout.prefix_len + layout.stream_len).max())
-        if flex.is_used(model.opdlm.attention, not wants_cpu(), model.kv_channels):
-            longest = flex.bucket(longest)
-        slots_that_fit(max_batch_tokens, model.pipeline_model_parallel_size, longest)
-    if pack_to_tokens is not None:
-        tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
-        multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
-        row_len = layout.row_len + (prompt_len + limits) * (model.opdlm.ar_loss_weight > 0)
-        pack_capacity(pack_to_tokens, int(row_len.max()), multiple_of)
+def _check_cache(model: ModelConfig, prompt_len: Tensor, limits: Tensor, block_size: int) -> None:
+    max_batch_tokens = model.opdlm.rollout.max_batch_tokens
+    if max_batch_tokens is None:
+        return
+    assert model.kv_channels is not None
+    longest = -(-int((prompt_len + limits).max()) // block_size) * block_size
+    if flex.is_used(model.opdlm.attention, not wants_cpu(), model.kv_channels):
+        longest = flex.bucket(longest)
+    slots_that_fit(max_batch_tokens, model.pipeline_model_parallel_size, longest)
+
+
+def _check_packs(model: ModelConfig, prompt_len: Tensor, limits: Tensor) -> None:
+    pack_to_tokens, opdlm = model.opdlm.pack_to_tokens, model.opdlm
+    if pack_to_tokens is None:
+        return
+    num_states = torch.full_like(prompt_len, opdlm.max_states_per_rollout)
+    row_len = BlockLayout(prompt_len, limits, num_states, opdlm.block_size).row_len
+    row_len = row_len + (prompt_len + limits) * (opdlm.ar_loss_weight > 0)
+    tensor_parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    multiple_of = token_multiple(model) * tensor_parts * parts_of_a_row(model.context_parallel_size)
+    pack_capacity(pack_to_tokens, int(row_len.max()), multiple_of)
 
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:

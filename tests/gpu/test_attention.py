@@ -88,7 +88,7 @@ def test_packed_documents_of_other_lengths_find_their_kernel_compiled(rule: Atte
 
 
 @dtypes
-@pytest.mark.parametrize("num_queries", [1, 8, 128])
+@pytest.mark.parametrize("num_queries", [1, 8, 100, 128])
 def test_queries_to_a_cache_in_tiles_equal_those_with_a_dense_mask(num_queries: int, dtype: torch.dtype) -> None:
     """Three of four slots ask, each sees another length; one kernel for whatever they see and whoever asks."""
     generator, length, compiled_before = torch.Generator().manual_seed(0), 385, None

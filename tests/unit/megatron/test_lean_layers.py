@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch import Tensor
 
 from nemo_opdlm.megatron import lean_layers
-from nemo_opdlm.megatron.lean_layers import gated_linear, rms_norm
+from nemo_opdlm.megatron.lean_layers import gated_linear, linear_of_few_rows, rms_norm
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.testing import tiny
 from nemo_opdlm.testing.memory import AllocationProfile
@@ -88,6 +88,15 @@ def test_the_mlp_is_megatrons(bias: bool, autocast: bool) -> None:
             found.append([out, *gradients(out, hidden, mlp.linear_fc1.weight, mlp.linear_fc2.weight)])
         assert (out_bias is None) == (not bias)
     assert_close(*found, torch.bfloat16 if autocast else torch.float32)
+
+
+@dtypes
+@pytest.mark.parametrize("num_rows", [0, 1, 4, 15, 16, 31, 32, 100])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_few_rows_give_what_a_linear_layer_gives(is_turned: bool, num_rows: int, dtype: torch.dtype) -> None:
+    x, weight = random(num_rows, 24, dtype=dtype), random(40, 24, dtype=dtype, seed=1)
+    out = linear_of_few_rows(x.T.contiguous().T if is_turned else x, weight)
+    torch.testing.assert_close(out, F.linear(x, weight), atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2)
 
 
 def test_a_gate_keeps_its_input_and_nothing_as_wide() -> None:
