@@ -68,7 +68,8 @@ class RolloutConfig:
         max_new_tokens_schedule: rollout-length curriculum.
         domain_caps: length limits by the prompts' `domain`, in tokens.
         max_batch_size: sequences denoised together on one data-parallel rank, and pipeline stage.
-        max_batch_tokens: tokens that the cache of one rank may hold; null = as many as max_batch_size sequences need.
+        max_batch_tokens: tokens that the cache of one rank may hold; null = as many as max_batch_size sequences need. With
+            FlexAttention a sequence counts with its length rounded up to one of four to each doubling, at least 128.
         cuda_graphs: answer a rollout's forwards from CUDA graphs; "auto" = where one GPU holds the whole network.
         end_token_ids: ids that end a response; null = the tokenizer's.
     """

@@ -97,14 +97,15 @@ class KVCache:
         assert self.query is not None
         if layer_number not in self._layers:
             shape = (self.num_slots, key.shape[1], self.length + 1, key.shape[2])
-            self._layers[layer_number] = (key.new_zeros(shape), value.new_zeros(shape))
+            # Under autocast norms hand over wider keys than values.
+            self._layers[layer_number] = (value.new_zeros(shape), value.new_zeros(shape))
         slots, in_tiles = self.query.slots, self.query.in_tiles
         visible = self.length + 1 if in_tiles else self.query.num_keys
         token_slot = slots[self.query.token_row]
         all_slots = in_tiles or slots.shape[0] == self.num_slots
         views = []
         for store, new in zip(self._layers[layer_number], (key, value), strict=True):
-            store[token_slot, :, self.query.position_ids] = new
+            store[token_slot, :, self.query.position_ids] = new.to(store.dtype)
             # Rows keep the order of their slots, so a full batch reads the store without a copy.
             views.append(store[:, :, :visible] if all_slots else store[slots, :, :visible])
         return views[0], views[1]

@@ -22,8 +22,9 @@ TILE = 128
 SMALLEST_HEAD = 16
 #: Mask elements alive at a time while tiles are judged.
 CHUNK_ELEMENTS = 2**24
-#: Compilations: four lengths to each doubling, two rules, with and without gradients.
-NUM_COMPILATIONS = 64
+#: Compilations: four lengths to each doubling, two rules, with and without gradients, and caches of as many lengths for each
+#: number of slots and block size of a run.
+NUM_COMPILATIONS = 256
 
 
 def bucket(length: int) -> int:
@@ -86,9 +87,16 @@ def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
         _to_length(x.to(value.dtype), wanted)
         for x, wanted in ((query, num_queries), (key, num_keys), (value, num_keys))
     )
-    attend = _compiled() if query.is_cuda else flex_attention
-    out: Tensor = attend(*padded, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    attend, options = (_compiled(), _kernel_options(query, key)) if query.is_cuda else (flex_attention, None)
+    is_grouped = query.shape[1] != key.shape[1]
+    out: Tensor = attend(*padded, block_mask=mask, scale=scale, enable_gqa=is_grouped, kernel_options=options)
     return out[:, :, :length]
+
+
+def _kernel_options(query: Tensor, key: Tensor) -> dict[str, bool] | None:
+    """The kernel for few queries takes the heads of a group as further ones, together no more than a tile."""
+    num_queries, heads = query.shape[2], query.shape[1] // key.shape[1]
+    return {"FORCE_USE_FLEX_ATTENTION": True} if num_queries < TILE < num_queries * heads else None
 
 
 def _to_length(x: Tensor, length: int) -> Tensor:

@@ -38,7 +38,7 @@ def forward_chunk(
         hidden: ``[T, 1, hidden]`` from the chunk before; None for the first.
     """
     hidden = F.embedding(token_ids[0], chunk.embedding.word_embeddings.weight) if hidden is None else hidden[:, 0]
-    if not hidden.is_cuda:
+    if _multiplies_few_rows(hidden):
         hidden = hidden.T.contiguous().T  # in memory as `linear_of_few_rows` returns what is added to it
     stacked = attributes.stack()
     for layer in chunk.decoder.layers:
@@ -75,11 +75,15 @@ def _add(residual: Tensor, update: Tensor) -> Tensor:
     return residual.to(update.dtype).add_(update) if residual.dtype != update.dtype else residual + update
 
 
+def _multiplies_few_rows(hidden: Tensor) -> bool:
+    return not hidden.is_cuda and not torch.is_autocast_enabled(hidden.device.type)
+
+
 def _linear(module: Any, hidden: Tensor) -> Tensor:
     bias: Tensor | None = module.bias
     if not torch.is_tensor(bias):
         bias = None
-    if hidden.is_cuda or torch.is_autocast_enabled(hidden.device.type):
+    if not _multiplies_few_rows(hidden):
         return F.linear(hidden, module.weight, bias)
     out = linear_of_few_rows(hidden, module.weight)
     return out if bias is None else out + bias

@@ -1,7 +1,6 @@
 """Norm and gated MLP on a CPU that keep for the backward pass what they cannot do without, and products of few rows.
 
-Torch's norm and Megatron's gate come in pieces there, each of which autograd keeps the inputs of. On a GPU torch fuses the norm
-and Megatron the gate.
+Torch's norm and Megatron's gate come in pieces there, each of which autograd keeps the inputs of. On a GPU torch fuses the norm.
 """
 
 from collections.abc import Iterator

@@ -162,14 +162,20 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
         perform_initialization=options.initialize,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        # Compiled, which takes a GPU here; a CPU has the activation function of our layer spec.
-        bias_activation_fusion=not wants_cpu(),
-        use_te_activation_func=wants_cpu() and not options.transformer_engine,
+        # Megatron's name for an activation function of the layer spec's, ours here.
+        use_te_activation_func=_has_lean_gate(options),
         gradient_accumulation_fusion=options.gradient_accumulation_fusion and has_fused_weight_gradients(),
         # Every loss is a sum over supervised tokens; Megatron divides once by the global count.
         calculate_per_token_loss=True,
     )
     return TransformerConfig(**{**fields, **options.transformer_config})
+
+
+def _has_lean_gate(options: ModelOptions) -> bool:
+    """Whether `lean_layers` gates: on a CPU, if nothing else is asked of the gate than SwiGLU."""
+    fields = options.transformer_config
+    is_plain = not any(name.startswith(("activation_", "glu_")) or "activation_f" in name for name in fields)
+    return wants_cpu() and not options.transformer_engine and is_plain
 
 
 def _layer_spec(arch: Architecture, context: AttentionContext, options: ModelOptions) -> ModuleSpec:
@@ -179,7 +185,7 @@ def _layer_spec(arch: Architecture, context: AttentionContext, options: ModelOpt
     else:
         spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm"))
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LinearInputNorm
-        if wants_cpu():
+        if _has_lean_gate(options):
             mlp = spec.submodules.mlp.submodules
             mlp.activation_func, mlp.linear_fc2 = hand_over, GatedRowParallelLinear
     attention = spec.submodules.self_attention.submodules

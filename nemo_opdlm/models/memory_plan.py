@@ -314,7 +314,7 @@ class _Planner:
             return length // ranks * row.supervised // row.two_stream
         if ranks == 1:
             return self._model.micro_batch_size * row.supervised
-        # Of 2 x ranks equal pieces a rank holds one from the front and one from the back; the states end the row.
+        # Of 2 x ranks equal pieces a rank holds one from the front and one from the back; states, and a causal copy, end the row.
         piece, first = length // (2 * ranks), row.two_stream - row.supervised
         numbers = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
         states = [sum(min(piece, max(0, (n + 1) * piece - first)) for n in mine) for mine in numbers]

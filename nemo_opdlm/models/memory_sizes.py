@@ -97,7 +97,7 @@ class NetworkSizes:
         stage: of the pipeline.
         weight_bytes: of one weight, and of the residual stream.
         value_bytes: of one activation inside the layers; below `weight_bytes` under autocast.
-        on_gpu: the SwiGLU layer keeps what it multiplies, too; on a CPU only what that is made of (`lean_layers.py`).
+        on_gpu: the SwiGLU layer keeps all that it computes; on a CPU only its input (`lean_layers.py`).
     """
 
     arch: Architecture
@@ -211,7 +211,7 @@ class NetworkSizes:
         """What one layer keeps of a micro-batch."""
         value, arch = self.value_bytes, self.arch
         per_token = 2 * self._kept_by_norm(self.residual) + self._kept_by_query_norms * arch.qk_layernorm
-        per_token += value * (3 if self.on_gpu else 2) * self.ffn
+        per_token += value * (5 if self.on_gpu else 2) * self.ffn
         # Every layer keeps a copy of the mask as numbers, unless it computes its attention again.
         is_selective = self.model.activations_checkpoint_granularity == "selective"
         mask = value * tokens.mask_elements * (not is_selective)
@@ -275,7 +275,7 @@ class NetworkSizes:
 
     @property
     def is_lean(self) -> bool:
-        """Whether rollouts run `inference.forward_chunk` instead of Megatron's layers."""
+        """Whether rollouts are counted as `inference.forward_chunk`; on a GPU as Megatron's layers, which need more."""
         return self.tp == 1 and not self.on_gpu
 
     def cast_in_rollouts(self) -> int:
@@ -285,7 +285,7 @@ class NetworkSizes:
     def forward_workspace(self, tokens: Tokens, *, is_lean: bool = False) -> int:
         """A layer at work without gradients: in the SwiGLU layer, or in attention."""
         value = self.value_bytes
-        ffn = (4 if is_lean else 3 if self.on_gpu else 2) * self.ffn
+        ffn = (4 if is_lean else 5 if self.on_gpu else 2) * self.ffn
         swiglu = tokens.count * value * (ffn + 2 * self.arch.hidden_size + 2 * self.residual)
         swiglu += 0 if is_lean else self._gate_chunk(tokens)
         attention = tokens.count * value * (4 * self.queries + 4 * self.keys + 2 * self.arch.hidden_size)
