@@ -74,12 +74,10 @@ def compare(subject: Subject, plan: Plan, on_run: Callable[[str], None]) -> dict
     on_run("counting the head's memory by vocabulary")
     arch = subject.generator.network.arch
     small, large = (HeadLoss.of(arch, vocab_size, HEAD_TOKENS).peak_bytes() for vocab_size in VOCABULARIES)
-    arms = Arms.of(subject, plan.pack_to_tokens)
-    peaks = {}
+    arms, long, peaks = Arms.of(subject, plan.pack_to_tokens), one_row(subject, plan.memory_tokens, plan), {}
     for name, arm in (("ours", arms.ours), ("reference", arms.reference)):
         on_run(f"memory at {plan.memory_tokens} tokens: {name}")
-        long = one_row(subject, plan.memory_tokens, plan)
-        peaks[name] = peak_bytes(lambda a=arm, row=long: a.gradients(row))  # type: ignore[misc]
+        peaks[name] = peak_bytes(lambda a=arm: a.gradients(long))  # type: ignore[misc]
     ours, reference = _run(subject, arms, batch, plan, on_run)
     ratios = sorted(r / o for r, o in zip(reference.seconds, ours.seconds, strict=True))
     needed = needed_flops(arch, batch)

@@ -173,8 +173,7 @@ def transformer_config(arch: Architecture, parallel: ParallelContext, options: M
 
 def _has_lean_gate(options: ModelOptions) -> bool:
     """Whether `lean_layers` gates: on a CPU, if nothing else is asked of the gate than SwiGLU."""
-    fields = options.transformer_config
-    is_plain = not any(name.startswith(("activation_", "glu_")) or "activation_f" in name for name in fields)
+    is_plain = not any("activation" in name or "glu" in name for name in options.transformer_config)
     return wants_cpu() and not options.transformer_engine and is_plain
 
 
