@@ -101,11 +101,6 @@ NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.responses", "dataset", "use 'student' or 'teacher'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
     ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
-    (
-        "model.ub_tp_comm_overlap",
-        True,
-        "use False: Transformer Engine's user buffers hold one fixed number of tokens, and rollouts differ in length",
-    ),
 )
 
 #: Fields of Megatron's TransformerConfig -> the key of the model section that they follow from, where it has another name.

@@ -205,7 +205,9 @@ class ModelConfig:
         fp8_params: weights are kept in FP8 beside the optimizer's masters; needs a sharded optimizer.
         fp8_wgrad ... num_layers_at_end_in_bf16: further fields of Megatron's FP8, under its names.
         gradient_accumulation_fusion: weight gradients are added up by Apex's kernel, where it is installed.
-        ub_tp_comm_overlap: must stay false.
+        ub_tp_comm_overlap: in training, tensor-parallel ranks exchange activations while they multiply, through Transformer
+            Engine's user buffers; these hold `opdlm.pack_to_tokens`, to which every pack is filled up. Without
+            `sequence_parallel` it is switched off.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.
         mcore_customization_config: further fields of Megatron's TransformerConfig.
         dist_ckpt_async_save: write checkpoints while training goes on: it stops only to copy weights and optimizer to

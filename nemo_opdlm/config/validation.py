@@ -305,7 +305,10 @@ def _corrected(config: Config) -> Config:
     model, manager = config.model, config.exp_manager
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         _logger.info("model.sequence_parallel is switched off: it needs tensor_model_parallel_size above 1.")
-        config = replace(config, model=replace(model, sequence_parallel=False))
+        model = replace(model, sequence_parallel=False)
+    if model.ub_tp_comm_overlap and not model.sequence_parallel:
+        _logger.info("model.ub_tp_comm_overlap is switched off: it needs model.sequence_parallel.")
+        model = replace(model, ub_tp_comm_overlap=False)
     params = manager.checkpoint_callback_params
     if params.monitor == "val_loss" and model.data.validation_ds.file_path is None:
         _logger.info("exp_manager monitors reduced_train_loss: without model.data.validation_ds there is no val_loss.")
@@ -316,4 +319,4 @@ def _corrected(config: Config) -> Config:
         steps = _ROLLOUTS_PER_CHECKPOINT * model.updates_per_rollout
         _logger.info("exp_manager saves a checkpoint every %d steps: there is no validation to follow.", steps)
         params = replace(params, every_n_train_steps=steps)
-    return replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
+    return replace(config, model=model, exp_manager=replace(manager, checkpoint_callback_params=params))

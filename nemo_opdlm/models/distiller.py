@@ -21,6 +21,7 @@ from nemo_opdlm.megatron.forward import RowSplit, forward_backward
 from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer
 from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches, total
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 from nemo_opdlm.models.method import Method
 
@@ -97,6 +98,7 @@ class OnPolicyDistiller:
         self.updates_per_rollout = config.updates_per_rollout
         self.batch: RolloutBatch | None = None
         self.loss = distillation_loss(student.head, method.divergence)
+        self.split = training_split(config, student.model)
         self.num_generated_tokens = 0
         self.num_trained_tokens = 0
         self.num_skipped = 0
@@ -210,7 +212,7 @@ class OnPolicyDistiller:
                 torch.arange(index * size, (index + 1) * size, device=self.student.parallel.device),
                 Normalization(self.config.opdlm.normalization),
                 self.config.micro_batch_size,
-                RowSplit.over_context(self.student.model),
+                self.split,
                 self._forbidden_where_comparable(batch.epoch, index),
                 self.config.opdlm.pack_to_tokens,
                 self.config.opdlm.ar_loss_weight,
@@ -301,6 +303,15 @@ class OnPolicyDistiller:
         states = DenoisingState(**state["states"]).to(device)  # type: ignore[arg-type]
         rollout_step, epoch = int(state["rollout_step"]), int(state.get("epoch", 0))  # type: ignore[call-overload]
         self.batch = RolloutBatch(rollout_step, epoch, trajectory, states, self.share_out(trajectory, states, {}))
+
+
+def training_split(config: ModelConfig, student: StagedGPT) -> RowSplit:
+    """How training rows are cut over context-parallel ranks, and what they are filled up to."""
+    split, pack_to_tokens = RowSplit.over_context(student), config.opdlm.pack_to_tokens
+    if not student.config.tp_comm_overlap:
+        return split
+    assert pack_to_tokens is not None
+    return split.filled_up_to(pack_to_tokens)
 
 
 def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, dp_size: int) -> Tensor:

@@ -288,7 +288,9 @@ class _Planner:
         row, ranks, pack = self._row, model.context_parallel_size, model.opdlm.pack_to_tokens
         rows, length = model.micro_batch_size, -(-row.two_stream // multiple) * multiple
         if pack is not None:
-            whole = min(pack // multiple * multiple, self._rollouts_of_update * row.two_stream)
+            whole = pack // multiple * multiple
+            if not model.ub_tp_comm_overlap:  # which wants every pack filled up
+                whole = min(whole, self._rollouts_of_update * row.two_stream)
             rows, length = 1, -(-whole // multiple) * multiple
         # A state sees the clean tokens of earlier blocks and its own block.
         return Tokens(rows, length, self._kernel(self._student, length, ranks), row.blocks, ranks)

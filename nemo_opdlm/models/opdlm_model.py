@@ -19,6 +19,7 @@ from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
+from nemo_opdlm.megatron import tensor_overlap
 from nemo_opdlm.megatron.effective import effective_settings
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
@@ -165,6 +166,8 @@ class OPDLMModel(ModelPT):
             on_progress=self._tell_progress,
         )
         self._unregistered = (self.teacher, distiller)
+        if self.model.config.tp_comm_overlap:
+            tensor_overlap.start(self.model.config, self.parallel, distiller.split.num_columns)
         self.setup_training_data(self.cfg.data.train_ds)
         if self._heldout_prompts is not None:
             self.setup_validation_data(self.cfg.data.validation_ds)

@@ -258,7 +258,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.opdlm.attention", "flex", "needs a GPU"),
     ("model.opdlm.rollout.cuda_graphs", True, "needs a GPU"),
     ("model.transformer_engine", True, "needs Transformer Engine and a GPU: found no Transformer Engine and no GPU"),
-    ("model.ub_tp_comm_overlap", True, "not available yet; use False: Transformer Engine's user buffers"),
+    ("model.ub_tp_comm_overlap", True, "needs model.transformer_engine=True"),
     ("model.mcore_customization_config", {"fp8_param": True}, "model.fp8_params"),
     ("model.mcore_customization_config", {"hidden_size": 64}, "model.hidden_size"),
     ("model.mcore_customization_config", {"softmax_scal": 1.0}, "did you mean softmax_scale?"),
@@ -335,6 +335,19 @@ def test_a_bad_value_is_one_line_with_key_value_and_rule(
             "save_last_n_optim_states=2 contradicts model.dist_ckpt_async_save=True",
         ),
         ({"model.fp8": True, "model.fp8_hybrid": True, "model.fp8_e4m3": True}, "model.fp8=True needs one of"),
+        (
+            {"model.ub_tp_comm_overlap": True, "model.transformer_engine": True},
+            "model.ub_tp_comm_overlap=True needs model.opdlm.pack_to_tokens",
+        ),
+        (
+            {
+                "model.ub_tp_comm_overlap": True,
+                "model.transformer_engine": True,
+                "model.opdlm.pack_to_tokens": 8192,
+                "trainer.precision": "32",
+            },
+            "model.ub_tp_comm_overlap=True contradicts trainer.precision='32'",
+        ),
         (
             {"model.megatron_amp_O2": True, "trainer.precision": "32"},
             "model.megatron_amp_O2=True contradicts trainer.precision='32'",
