@@ -1,6 +1,7 @@
 """What the network is, as opposed to how it is held or trained."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 
@@ -46,6 +47,17 @@ class Architecture:
     qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> "Architecture | None":
+        """The network that keys of a model section describe, e.g. those of `conf/model`; None if they leave its shape open.
+
+        Raises:
+            ValueError: they describe no network.
+        """
+        given = {field.name: keys[field.name] for field in fields(cls) if keys.get(field.name) is not None}
+        is_whole = all(field.name in given for field in fields(cls) if field.default is MISSING)
+        return cls(**given) if is_whole else None
 
     def __post_init__(self) -> None:
         """Fill the two derived fields, then `validate`."""

@@ -28,7 +28,7 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
 
     Args:
         config: as read by `parse`.
-        check_files: whether paths must exist.
+        check_files: whether what a run reads must be given and exist.
         environment: where a launcher has counted its processes.
 
     Raises:
@@ -251,8 +251,6 @@ def _exp_manager(config: Config) -> None:
 
 
 def _data(config: Config) -> None:
-    if config.model.data.train_ds.file_path is None:
-        raise ValueError("model.data.train_ds.file_path=None must be given: a jsonl or parquet file of prompts")
     for name in ("train_ds", "validation_ds"):
         prompts, key = getattr(config.model.data, name), f"model.data.{name}"
         cut, longest = prompts.truncate_prompt_to, prompts.max_prompt_length
@@ -285,6 +283,8 @@ def _files(config: Config) -> None:
         raise ValueError(
             "model.restore_from_path=None must be given: a .nemo file, or a Hugging Face, NeMo 2.0 or Megatron-Bridge folder"
         )
+    if model.data.train_ds.file_path is None:
+        raise ValueError("model.data.train_ds.file_path=None must be given: a jsonl or parquet file of prompts")
     for key in ("model.restore_from_path", "model.kd_teacher_restore_from_path", "model.tokenizer.type"):
         _exists(config, key)
     for key in ("model.data.train_ds.file_path", "model.data.validation_ds.file_path"):
