@@ -18,21 +18,24 @@ import hydra.version
 
 # Hydra has no public way to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
 from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_opdlm.config import Config, full_keys, parse, to_container, unknown_key, validate
+from nemo_opdlm.config import Config, full_keys, groups, parse, to_container, unknown_key, validate
 
 T = TypeVar("T")
 
-#: The folder of configurations of a source checkout.
-CONF = Path(__file__).resolve().parent.parent / "conf"
 _PACKAGE = Path(__file__).resolve().parent
+#: The folder of configurations: inside the package where that is installed, beside it in a source checkout.
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 _HYDRA_DEFAULTS = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _HYDRA_VERSION = "1.3"
-_REFUSED_OVERRIDE = re.compile(r"Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
+_REFUSED_OVERRIDE = re.compile(r"(?:In '([^']*)': )?Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
 
 
 def main(
@@ -70,6 +73,7 @@ def main(
                 started = True
                 os.environ[_FULL_ERROR] = wanted
                 try:
+                    groups.refuse_strays(composed, known, CONF)
                     config = check(parse(composed, schema))
                     if isinstance(config, Config):
                         hide_gpus(config)
@@ -85,7 +89,7 @@ def main(
             except Exception as error:
                 if started or wanted == "1":
                     raise
-                _exit(_composition_message(error, known, Path(config_path)))
+                _exit(_composition_message(error, known))
 
         return entry_point
 
@@ -107,20 +111,30 @@ def compose(
     """What the command line `overrides` would compose; `parse` and `validate` make a checked configuration of it."""
     _register(schema)
     with hydra.initialize_config_dir(str(Path(config_path).resolve()), version_base=_HYDRA_VERSION):
-        return hydra.compose(config_name, list(overrides))
+        return hydra.compose(config_name, groups.with_added_choices(overrides, CONF))
 
 
 def _run(job: Callable[[DictConfig], None], config_name: str, config_path: str) -> None:
     parser = get_args_parser()
     # Intermixed: overrides may stand on both sides of an option.
     args = parser.parse_intermixed_args()
-    args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
+    args.overrides = [*groups.with_added_choices(args.overrides, CONF), *_HYDRA_DEFAULTS]
+    if args.config_path is not None and "://" not in args.config_path:
+        args.config_path = str(Path(args.config_path).resolve())  # Hydra would look beside the script, wherever that lies
     hydra.version.setbase(_HYDRA_VERSION)
     _run_hydra(args, parser, job, config_path, config_name)
 
 
+class _OurGroups(SearchPathPlugin):
+    """Lets a user's own file extend `gpt_opdlm` and choose from its groups, wherever the file lies."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nemo_opdlm", f"file://{CONF}")
+
+
 def _register(schema: type) -> None:
     """Put the schema's defaults into Hydra's store as plain values, and register the resolvers NeMo users know."""
+    Plugins.instance().register(_OurGroups)
     ConfigStore.instance().store(name="schema", node=to_container(schema()))
     resolvers: dict[str, Callable[..., Any]] = {
         "multiply": lambda x, y: x * y,
@@ -142,20 +156,22 @@ def _raised_by(trace: TracebackType | None, own_code: tuple[Path, ...]) -> bool:
     return any(file == own or own in file.parents for own in own_code)
 
 
-def _composition_message(error: Exception, known: tuple[str, ...], config_path: Path) -> str:
+def _composition_message(error: Exception, known: tuple[str, ...]) -> str:
+    if (choice := groups.unknown_choice(str(error), CONF)) is not None:
+        return choice
     text = " ".join(str(error).split()).partition(" Config search path:")[0]
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}: {text}"
     refused = _REFUSED_OVERRIDE.match(text)
     if refused is None:
         return text
-    key = refused[1]
-    if (config_path / key).is_dir():
-        choices = ", ".join(sorted(file.stem for file in (config_path / key).glob("*.yaml")))
-        return f"{key} is a group of configurations: write +{key}=..., one of {choices}"
+    (file, key), choices = refused.groups(), groups.read_groups(CONF)
+    where = f"{file}.yaml: " if file is not None and "/" in file else ""
+    if key in choices:
+        return f"{where}{key} is a group of configurations: write +{key}=..., one of {', '.join(choices[key])}"
     if key in known:
-        return f"{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
-    return unknown_key(key, known)
+        return f"{where}{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
+    return where + unknown_key(key, (*known, *choices))
 
 
 def _exit(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The schema: defaults, strict reading, cross-key rules, the shipped configurations and the command line."""
+"""The schema: defaults, strict reading, cross-key rules and the command line; the shipped configurations: `test_conf.py`."""
 
 import ast
 import importlib.util
@@ -15,7 +15,6 @@ from typing import Any, get_args
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_opdlm import cli
 from nemo_opdlm.config import (
     Architecture,
     Config,
@@ -33,7 +32,6 @@ from nemo_opdlm.config import exp_manager as exp_manager_schema
 from nemo_opdlm.config import method as method_schema
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXPERIMENTS = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 QWEN3_0_6B = Architecture(
     num_layers=28,
     hidden_size=1024,
@@ -153,29 +151,6 @@ def test_exp_manager_has_the_keys_of_the_installed_nemo() -> None:
     ):
         unused = unused | ({"ipl_epoch_stopper_callback_params"} if name == "ExpManagerConfig" else set())
         assert {field.name for field in fields(ours)} == theirs[name] - unused
-
-
-# --- shipped configurations -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
-def test_every_shipped_configuration_is_valid(experiment: str | None) -> None:
-    overrides = ["trainer.max_steps=200", "model.restore_from_path=ar.nemo", "model.data.train_ds.file_path=x.jsonl"]
-    config = parse(cli.compose("gpt_opdlm", overrides + ([f"+experiment={experiment}"] if experiment else [])))
-    assert validate(config, check_files=False).model.opdlm.block_size == 4
-
-
-@pytest.mark.parametrize("mode", ["random_mask", "off_policy", "sft_baseline"])
-def test_ablation_modes_combine_with_the_quickstart(mode: str) -> None:
-    config = parse(cli.compose("gpt_opdlm", ["+experiment=[quickstart," + mode + "]"]))
-    opdlm = validate(config, check_files=False).model.opdlm
-    assert opdlm.state_selection == "random_mask" and opdlm.needs_teacher
-    assert opdlm.responses == ("student" if mode == "random_mask" else "teacher")
-
-
-def test_the_quickstart_may_be_cut_short() -> None:
-    config = parse(cli.compose("gpt_opdlm", ["+experiment=quickstart", "trainer.max_steps=4"]))
-    assert validate(config, check_files=False).trainer.max_steps == 4
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -723,20 +698,13 @@ def test_cfg_job_shows_every_key_and_takes_overrides_without_plus() -> None:
     assert all(f"{leaf}:" in shown.stdout for leaf in leaves)
 
 
-def test_help_lists_the_experiments() -> None:
-    shown = run_script("--help")
-    assert shown.returncode == 0
-    assert all(name in shown.stdout for name in (*EXPERIMENTS, "restore_from_path", "denoising_steps"))
-
-
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
         ("model.opdlm.blok_size=8", "model.opdlm.blok_size is not a key of this configuration; did you mean"),
         ("+model.opdlm.blok_size=8", "model.opdlm.blok_size is not a key of this configuration; did you mean"),
         ("model.opdlm.block_size=0", "model.opdlm.block_size=0 must be from 1 to 64"),
-        ("experiment=quickstart", "write +experiment=..., one of off_policy, quickstart"),
-        ("+experiment=nothing", "Could not find 'experiment/nothing'"),
+        ("+experiment=nothing", "experiment='nothing' must be one of 'block_size_curriculum'"),
         ("model.optim.lr=[1", "cannot read the override 'model.optim.lr=[1'"),
         ("--config-name=nothing", "Cannot find primary config 'nothing'"),
     ],
