@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -358,6 +359,27 @@ def test_users_have_experiments_groups_and_files_of_their_own(own: Path, monkeyp
     file = ("--config-path", own.name, "--config-name", "primary")
     assert run(monkeypatch, *file, "precision=fp8").model.fp8
     assert run(monkeypatch, *file, "experiment=quickstart").name == "primary"
+
+
+def test_what_the_readme_shows_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (cli.CONF / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands, mine = (next(text for kind, text in blocks if kind == wanted) for wanted in ("", "yaml"))
+    for command in commands.replace("\\\n", " ").splitlines():
+        python, script, *arguments = shlex.split(command, comments=True)
+        assert python == "python" and (cli.CONF.parent / script).is_file()
+        if "--cfg" not in arguments:
+            assert run(monkeypatch, *arguments).model.tensor_model_parallel_size == 2
+    for name, text in (("experiment/mine", mine), ("data/ours", "# @package model.data\ntrain_ds: {file_path: x.jsonl}\n")):
+        file = tmp_path / f"{name}.yaml"
+        file.parent.mkdir()
+        file.write_text(text, encoding="utf-8")
+    found = run(monkeypatch, "--config-dir", str(tmp_path), "experiment=mine")
+    assert (found.name, found.model.opdlm.states_per_rollout, found.model.opdlm.divergence_top_k) == ("mine", 2, 16)
+
+
+def test_the_readme_lists_the_groups_with_their_defaults() -> None:
+    rows = re.findall(r"^\| `([\w/]+)` \|.*\| (\S+) \|$", (cli.CONF / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {group: default.strip("`") for group, default in rows} == DEFAULTS | {"experiment": "none"}
 
 
 def test_help_shows_commands_and_every_choice() -> None:
