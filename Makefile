@@ -20,7 +20,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV), once; this takes some minutes"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'

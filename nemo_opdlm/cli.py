@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -117,12 +118,18 @@ def compose(
 def _run(job: Callable[[DictConfig], None], config_name: str, config_path: str) -> None:
     parser = get_args_parser()
     # Intermixed: overrides may stand on both sides of an option.
-    args = parser.parse_intermixed_args()
-    args.overrides = [*groups.with_added_choices(args.overrides, CONF), *_HYDRA_DEFAULTS]
-    if args.config_path is not None and "://" not in args.config_path:
-        args.config_path = str(Path(args.config_path).resolve())  # Hydra would look beside the script, wherever that lies
+    args = _adapted(parser.parse_intermixed_args())
+    args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
     hydra.version.setbase(_HYDRA_VERSION)
     _run_hydra(args, parser, job, config_path, config_name)
+
+
+def _adapted(args: Namespace) -> Namespace:
+    """The arguments as Hydra has to be given them."""
+    args.overrides = groups.with_added_choices(args.overrides, CONF)
+    if args.config_path is not None and "://" not in args.config_path:
+        args.config_path = str(Path(args.config_path).resolve())  # Hydra would look beside the script, wherever that lies
+    return args
 
 
 class _OurGroups(SearchPathPlugin):

@@ -64,12 +64,12 @@ def outside(installed: Path, folder: Path, code: str) -> str:
 
 
 def test_the_wheel_holds_the_package_its_configurations_and_its_scripts(wheel: Path) -> None:
-    expected = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "nemo_opdlm").rglob("*.py")}
-    for folder, pattern in (("conf", "**/*.yaml"), ("examples", "*.py")):
-        expected |= {f"nemo_opdlm/{file.relative_to(REPOSITORY)}" for file in (REPOSITORY / folder).glob(pattern)}
+    files = [file for folder in ("nemo_opdlm", "conf") for file in (REPOSITORY / folder).rglob("*") if file.is_file()]
+    files += (REPOSITORY / "examples").glob("*.py")
+    expected = {f"{file.relative_to(REPOSITORY)}" for file in files if file.suffix not in (".md", ".pyc")}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == expected | {"nemo_opdlm/py.typed"}
+    assert held == {name if name.startswith("nemo_opdlm/") else f"nemo_opdlm/{name}" for name in expected}
 
 
 def test_every_script_has_a_command_of_its_name() -> None:
