@@ -1,11 +1,18 @@
 """Settings files of other trainers as plain data: their objects, functions and tags are never looked up, only named."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nemo_opdlm.data.bounded import MAX_JSON_BYTES, parse_json, read_bounded
+
+#: Settings have some 10 kB, and YAML takes seconds for a megabyte.
+MAX_YAML_BYTES = 2**20
+#: Values once every alias is written out.
+MAX_YAML_VALUES = 100_000
+MAX_YAML_DEPTH = 50
 
 
 class _InertLoader(yaml.SafeLoader):
@@ -23,6 +30,32 @@ class _InertLoader(yaml.SafeLoader):
 _InertLoader.add_constructor(None, _InertLoader.plain)
 
 
+def check_yaml(text: str) -> None:
+    """Refuse a YAML text that would explode when it is read: aliases of aliases, or nesting without end.
+
+    Raises:
+        ValueError: it would, or is no YAML.
+    """
+    counts: dict[int, int] = {}
+
+    def count(node: yaml.Node | None, depth: int) -> int:
+        if depth > MAX_YAML_DEPTH:  # an alias of what it stands in, too
+            raise ValueError(f"it is nested more than {MAX_YAML_DEPTH} deep")
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in counts:
+            children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+            counts[id(node)] = 1 + sum(count(child, depth + 1) for child in children)
+        if counts[id(node)] > MAX_YAML_VALUES:
+            raise ValueError(f"it has more than {MAX_YAML_VALUES} values, aliases written out")
+        return counts[id(node)]
+
+    try:
+        count(yaml.compose(text, _InertLoader), 0)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_YAML_DEPTH} deep") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of settings.
 
@@ -30,15 +63,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or holds no settings.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _InertLoader)  # noqa: S506 (a safe loader)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except Exception as error:  # yaml raises errors of many kinds, and deep nesting RecursionError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from error
+        content = read_bounded(path, MAX_YAML_BYTES)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    try:
+        text = content.decode("utf-8")
+        check_yaml(text)
+        settings = yaml.load(text, _InertLoader)  # noqa: S506 (a safe loader)
+    except Exception as error:  # yaml raises errors of many kinds
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     return settings
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, as a part of one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def read_fiddle_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -52,10 +94,10 @@ def read_fiddle_json(path: Path, *needed: str) -> dict[str, Any]:
         ValueError: the file cannot be read, or no object has these settings.
     """
     try:
-        objects = json.loads(path.read_text(encoding="utf-8"))["objects"].values()
+        objects = parse_json(read_bounded(path, MAX_JSON_BYTES))["objects"].values()
         found = [_leaves(value["items"]) for value in objects if isinstance(value, dict) and "items" in value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error).removeprefix(f'{path} ')}") from error
     for settings in found:
         if all(key in settings for key in needed):
             return settings
