@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_opdlm.convert.families import Shape
 from nemo_opdlm.convert.megatron_config import Settings, parallel_size
 from nemo_opdlm.convert.megatron_tensors import cut_axis, join_shards, own_names, weight_prefix
+from nemo_opdlm.megatron.pickle_guard import is_stored
 from nemo_opdlm.megatron.safe_metadata import load_weights_only
 
 FILE = "model_weights.ckpt"
@@ -91,7 +92,11 @@ class RankFiles:
             loaded = load_weights_only(path, path, mmap=zipfile.is_zipfile(path))
             if not isinstance(loaded, dict):
                 raise ValueError(f"{path} holds a {type(loaded).__name__} instead of a model's tensors")
-            self._mapped[path] = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+            tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+            claimed = next((key for key, value in tensors.items() if not is_stored(value)), None)
+            if claimed is not None:
+                raise ValueError(f"{path}: tensor {claimed[:200]!r} is larger than what is stored of it, or not dense")
+            self._mapped[path] = tensors
         return self._mapped[path]
 
 
