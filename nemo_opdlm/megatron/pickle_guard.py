@@ -9,7 +9,7 @@ import pickle
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor

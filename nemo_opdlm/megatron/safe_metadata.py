@@ -33,6 +33,8 @@ CONFIG = "metadata.json"
 COMMON_ENTRY = "common_state/shard_0_1"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_NAME = 500
+#: Longest axis of a tensor without values, which claims nothing.
+_LONGEST_EMPTY = 2**20
 
 
 class _Record:
@@ -125,6 +127,12 @@ def read_tensor_index(directory: str | Path) -> Metadata:
     storage = {index: info for index, info in storage.items() if index.fqn in tensors}
     _check_files(directory / METADATA, tensors, storage)
     return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage)  # type: ignore[arg-type]
+
+
+def count_values(metadata: Metadata) -> int:
+    """Values of all tensors of a checkpoint together."""
+    entries = metadata.state_dict_metadata.values()
+    return sum(math.prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
 
 
 def load_weights_only(source: Path | IO[bytes], path: Path, *, mmap: bool = False) -> Any:
@@ -257,7 +265,7 @@ def _check_chunks(
         if math.prod(chunk.sizes) * itemsize > info.length:
             _refuse(path, f"is damaged (a part of {key!r} is larger than what is stored of it)")
         stored += math.prod(chunk.sizes)
-    if math.prod(entry.size) > stored:
+    if math.prod(entry.size) > stored or max(entry.size, default=0) > max(stored, _LONGEST_EMPTY):
         _refuse(path, f"is damaged (of {math.prod(entry.size)} values of {key!r}, {stored} are stored)")
 
 

@@ -64,6 +64,7 @@ class Archive:
         config: the model's settings, without the bookkeeping of tokenizer files.
         weights: folder of the distributed checkpoint; of a checkpoint of another kind, its whole tensors by name.
         tokenizer: folder with the tokenizer files under their own names; None if there are none.
+        stored_values: values of all tensors of a distributed checkpoint; None of another kind.
     """
 
     source: Path
@@ -71,6 +72,7 @@ class Archive:
     config: dict[str, Any]
     weights: "Path | Mapping[str, Tensor]"
     tokenizer: Path | None
+    stored_values: int | None = None
 
 
 def read_archive_config(path: str | Path) -> dict[str, Any]:
@@ -108,8 +110,8 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
         _check_layout(path, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
         tokenizer = _lay_out_tokenizer(path, folder, tokenizer_files, Path(temporary) / "tokenizer")
         with naming(path, folder):
-            _check_weights(folder)
-            yield Archive(path, folder, config, folder / WEIGHTS, tokenizer)
+            stored_values = _check_weights(folder)
+            yield Archive(path, folder, config, folder / WEIGHTS, tokenizer, stored_values)
 
 
 def write_nemo(
@@ -341,11 +343,11 @@ def _lay_out_tokenizer(path: Path, folder: Path, files: Mapping[str, str], targe
     return target
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse damaged weights, and weights that would execute something when loaded."""
-    from nemo_opdlm.megatron.safe_metadata import check  # torch.distributed: reading the settings does without
+def _check_weights(folder: Path) -> int:
+    """Refuse damaged weights, and weights that would execute something when loaded; the number of their values."""
+    from nemo_opdlm.megatron.safe_metadata import check, count_values  # torch.distributed: the settings do without
 
-    check(folder / WEIGHTS)
+    return count_values(check(folder / WEIGHTS))
 
 
 # -- writing --

@@ -159,11 +159,11 @@ BROKEN: dict[str, tuple[Write, str]] = {
     ),
     "repeated-value": (
         with_state(lambda state: state.update({f"model.{Q}": torch.zeros(1).expand(128, 32)})),
-        f"tensor 'model.{Q}' is larger than what is stored of it",
+        f"tensor model.{Q} is larger than what is stored of it",
     ),
     "sparse-tensor": (
         with_state(lambda state: state.update({f"model.{Q}": torch.zeros(128, 32).to_sparse()})),
-        f"tensor 'model.{Q}' is larger than what is stored of it, or not dense",
+        f"tensor model.{Q} is larger than what is stored of it, or not dense",
     ),
     "another-head": (
         with_state(lambda state: state.update({"model.output_layer.weight": torch.zeros(48, 32)})),

@@ -317,7 +317,7 @@ def alias_bomb(first: str, then: str) -> str:
         (r'a: "\x24{oc.env:HOME}"', "reference"),
         (r'"\x24{oc.env:HOME}": 1', "reference"),
         ("a: &a [" + "[" * 300 + "]" * 301, "nested more than"),
-        ("a: &a {b: *a}", "nested more than"),
+        ("a: &a {b: *a}", "stands in what it is an alias of"),
         (alias_bomb("[x, x, x]", "[{0}, {0}, {0}]"), "values"),
         (alias_bomb("{x: 1}", "{{<<: [{0}, {0}, {0}]}}"), "values"),
         ("a: " + "x" * 2**20, "more than 1 MiB"),
