@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 _MAX_BLOCK_SIZE = 64
-_DURATION = re.compile(r"\d+:\d{2}:\d{2}:\d{2}")
+_DURATION = re.compile(r"[0-9]{1,5}:[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
 
 def _is_duration(value: Any) -> bool:

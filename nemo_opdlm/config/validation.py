@@ -17,6 +17,7 @@ from nemo_opdlm.config.precision import check_fp8_sizes, check_precision, find_m
 from nemo_opdlm.config.reader import to_container
 from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, OWN_KEYS, RANGES
 from nemo_opdlm.config.schema import Config
+from nemo_opdlm.data.shown import plain, shown
 
 _logger = logging.getLogger(__name__)
 #: The published recipe saves every 10 rollout steps.
@@ -39,10 +40,10 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
     for key, (accepts, rule) in RANGES.items():
         value = _get(config, key)
         if value is not None and not accepts(value):
-            raise ValueError(f"{key}={to_container(value)!r} must be {rule}")
+            raise ValueError(f"{key}={shown(to_container(value))} must be {rule}")
     for key, (only, why) in FIXED.items():
         if _get(config, key) != only:
-            raise ValueError(f"{key}={_get(config, key)!r} must be {only!r}: {why}")
+            raise ValueError(f"{key}={shown(_get(config, key))} must be {only!r}: {why}")
     for key, choice, instead in NOT_AVAILABLE:
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
@@ -167,11 +168,12 @@ def _transformer(config: Config) -> None:
     for name in extra:
         own = OWN_KEYS.get(name, name)
         if hasattr(config.model, own):
-            raise ValueError(f"{key}.{name}={extra[name]!r} has a key of its own: model.{own}")
+            raise ValueError(f"{key}.{plain(str(name))}={shown(extra[name])} has a key of its own: model.{own}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{key}.{name}={extra[name]!r} is not a field of Megatron's TransformerConfig{hint}")
+            given = f"{key}.{plain(str(name))}={shown(extra[name])}"
+            raise ValueError(f"{given} is not a field of Megatron's TransformerConfig{hint}")
 
 
 def _transformer_config_fields() -> set[str]:
@@ -296,9 +298,21 @@ def _files(config: Config) -> None:
 
 
 def _exists(config: Config, key: str) -> None:
-    path = _get(config, key)
-    if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"{key}={path!r} does not exist")
+    check_exists(key, _get(config, key))
+
+
+def check_exists(key: str, path: str | None) -> None:
+    """Check that a file or folder that a key names is there.
+
+    Raises:
+        OSError: it is not, or nobody can tell.
+    """
+    try:
+        exists = path is None or Path(path).exists()
+    except OSError as error:  # e.g. a name that is too long, or a folder that may not be read
+        raise OSError(f"{key}={shown(path)}: {error.strerror}") from error
+    if not exists:
+        raise FileNotFoundError(f"{key}={shown(path)} does not exist")
 
 
 def _corrected(config: Config) -> Config:

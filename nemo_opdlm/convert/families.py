@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.config import Architecture
-from nemo_opdlm.convert.setting_values import plain
+from nemo_opdlm.data.shown import plain
 
 Shape = tuple[int, ...]
 Condition = Callable[[Architecture], bool]

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_opdlm.config import Architecture
-from nemo_opdlm.convert.setting_values import count, number, section, shown
+from nemo_opdlm.convert.setting_values import count, number, section
+from nemo_opdlm.data.shown import shown
 
 # Hugging Face `architectures` entry -> family. An SDAR folder is a Qwen3 model with a mask token.
 FAMILY_OF = {

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_opdlm.convert.setting_values import plain
 from nemo_opdlm.data.bounded import MAX_JSON_BYTES, parse_json, read_bounded
+from nemo_opdlm.data.shown import plain
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

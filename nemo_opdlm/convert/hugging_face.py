@@ -16,8 +16,9 @@ from nemo_opdlm.convert.hf_config import read_architecture, write_config
 from nemo_opdlm.convert.hf_folder import GENERATION_CONFIG, MAX_SHARD_SIZE, HfFolder, load_hf_folder, save_hf_folder
 from nemo_opdlm.convert.lazy_tensors import LazyTensors
 from nemo_opdlm.convert.mask_token import MaskToken, append_mask_row, choose_mask_token
-from nemo_opdlm.convert.setting_values import count, section, shown, switch, token_ids
+from nemo_opdlm.convert.setting_values import count, section, switch, token_ids
 from nemo_opdlm.convert.tokenizer_files import register_mask_token, unregister_mask_token
+from nemo_opdlm.data.shown import shown
 
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 

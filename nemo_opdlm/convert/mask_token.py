@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_opdlm.convert.setting_values import shown, token_ids
+from nemo_opdlm.convert.setting_values import token_ids
 from nemo_opdlm.convert.tokenizer_files import Files, TokenizerFacts, read_facts
+from nemo_opdlm.data.shown import shown
 
 DEFAULT_NAME = "<|MASK|>"
 # The serving engines hard-code this row of the Qwen3 table, which no Qwen3 tokenizer uses.

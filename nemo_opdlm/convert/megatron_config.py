@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_opdlm.config import Architecture
-from nemo_opdlm.convert.setting_values import count, number, shown, switch
+from nemo_opdlm.convert.setting_values import count, number, switch
+from nemo_opdlm.data.shown import shown
 
 Settings = Mapping[str, Any]
 _COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")

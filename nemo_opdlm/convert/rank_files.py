@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_opdlm.convert.families import Shape
 from nemo_opdlm.convert.megatron_config import Settings, parallel_size
 from nemo_opdlm.convert.megatron_tensors import cut_axis, join_shards, own_names, weight_prefix
-from nemo_opdlm.convert.setting_values import plain, shown
+from nemo_opdlm.data.shown import plain, shown
 from nemo_opdlm.megatron.pickle_guard import is_stored
 from nemo_opdlm.megatron.safe_metadata import load_weights_only
 

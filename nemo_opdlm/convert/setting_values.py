@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_opdlm.data.shown import shown
+
 
 def count(key: str, value: Any) -> int:
     """A positive integer.
@@ -69,19 +71,3 @@ def token_ids(settings: Mapping[str, Any], key: str) -> list[int]:
     if not all(type(id) is int and -1 <= id < 2**31 for id in ids):  # -1: unset, in old configs
         raise ValueError(f"{key}={shown(value)} must be a token id or a list of them")
     return ids
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: one line, cut off where it is long."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return "an integer of more than 40 digits"
-    try:
-        text = repr(value)
-    except ValueError:  # a container of such integers
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def plain(name: str) -> str:
-    """A name as a message shows it: as it is, unless it is long or no single line."""
-    return name if name.isprintable() and len(name) <= 200 else repr(name[:200])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from nemo_opdlm.data.rows import PromptRow, read_rows, shortened
+from nemo_opdlm.data.rows import PromptRow, read_rows
+from nemo_opdlm.data.shown import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

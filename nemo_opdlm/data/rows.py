@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opdlm.data.bounded import parse_json
+from nemo_opdlm.data.shown import shortened, shown
 
 PROMPT_KEYS = ("prompt", "messages", "question")
 ROLES = ("system", "user", "assistant")
@@ -97,9 +98,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, int, Any]]:
     wanted = {*PROMPT_KEYS, "domain", "id"}
     columns = [name for name in names if name in wanted]
     if not wanted.intersection(PROMPT_KEYS).intersection(columns):
-        raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {shortened(names)}")
+        raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {shown(names)}")
     if len(set(columns)) != len(columns):
-        raise ValueError(f"{path}: several columns have the same name; found {shortened(names)}")
+        raise ValueError(f"{path}: several columns have the same name; found {shown(names)}")
     if num_rows > MAX_ROWS:
         raise ValueError(f"{path} has {num_rows} rows, more than {MAX_ROWS}")
     number = 0
@@ -121,18 +122,12 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable parquet file ({shortened(reason)})")
 
 
-def shortened(value: Any, limit: int = 200) -> str:
-    """A value as a message shows it, cut off where it is long."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
 def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where}: a row must be a JSON object, got {type(fields).__name__}")
     present = [key for key in PROMPT_KEYS if fields.get(key) is not None]
     if len(present) != 1:
-        found = f"{present}" if present else f"none of them among its keys {shortened(list(fields))}"
+        found = f"{present}" if present else f"none of them among its keys {shown(list(fields))}"
         raise ValueError(f"{where}: a row needs exactly one of {list(PROMPT_KEYS)}, found {found}")
     key = present[0]
     domain = fields.get("domain")
@@ -181,7 +176,7 @@ def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
             found = type(turn).__name__ if keys is None else f"keys {keys}"
             raise ValueError(f"{where}: {name} must be an object with exactly 'role' and 'content', got {shortened(found)}")
         if turn["role"] not in ROLES:
-            raise ValueError(f"{where}: {name} has role {shortened(repr(turn['role']))}; allowed: {', '.join(ROLES)}")
+            raise ValueError(f"{where}: {name} has role {shown(turn['role'])}; allowed: {', '.join(ROLES)}")
         turns.append({"role": turn["role"], "content": _parse_text(where, f"{name}.content", turn["content"])})
     if turns[-1]["role"] != "user":
         raise ValueError(f"{where}: the last of 'messages' must be a user turn, got {turns[-1]['role']!r}")

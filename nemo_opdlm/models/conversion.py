@@ -14,7 +14,8 @@ from nemo_opdlm.convert.hf_folder import check_output_is_free
 from nemo_opdlm.convert.hugging_face import HfImport, megatron_to_hf, read_origin
 from nemo_opdlm.convert.plain_settings import one_line
 from nemo_opdlm.convert.sdar import check_is_sdar, megatron_to_sdar
-from nemo_opdlm.convert.setting_values import count, section, shown, token_ids
+from nemo_opdlm.convert.setting_values import count, section, token_ids
+from nemo_opdlm.data.shown import shown
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.atomic_folder import on_every_rank
 from nemo_opdlm.megatron.checkpoint import load_sharded, load_whole, write_sharded
