@@ -1,20 +1,22 @@
 # `make test` and `make quickstart` need Python 3.11 or newer and pip, nothing else.
 #   make PYTHON=python3.12 ...     another interpreter
+#   make fuzz FUZZ_ARGS="--inputs 1000 --seed 7"    see tests/fuzz/README.md
 #   make PIP_ARGS="..." ...        further arguments of pip, e.g. an index with CPU builds of torch
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= glassllm
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test quickstart clean
+.PHONY: help venv install lint test fuzz quickstart clean
 
 help:
-	@echo "make test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fuzz | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -37,6 +39,9 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)
