@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opdlm.config.architecture import Architecture
+from nemo_opdlm.config.exp_manager import ExpManagerConfig
 from nemo_opdlm.config.layout import check_layout, settle_ranks, validate_layout
 from nemo_opdlm.config.precision import check_fp8_sizes, check_precision, find_machine
 from nemo_opdlm.config.reader import to_container
@@ -232,6 +233,7 @@ def _exp_manager(config: Config) -> None:
     params = manager.checkpoint_callback_params
     if params.monitor is None:
         raise ValueError(f"{key}.monitor=None must name a logged metric, e.g. 'val_loss' or 'reduced_train_loss'")
+    _wandb(manager)
     if params.always_save_nemo and config.model.model_parallel_size > 1:
         raise ValueError(
             f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1; use "
@@ -250,6 +252,18 @@ def _exp_manager(config: Config) -> None:
     if len(intervals) > 1:
         given = ", ".join(f"{key}.{name}={value!r}" for name, value in intervals.items())
         raise ValueError(f"only one of {given} may be given")
+
+
+def _wandb(manager: ExpManagerConfig) -> None:
+    if not manager.create_wandb_logger:
+        return
+    if not {"name", "project"} & set(manager.wandb_logger_kwargs or {}):
+        raise ValueError(
+            "exp_manager.create_wandb_logger=True needs a project: exp_manager.wandb_logger_kwargs={project: NAME}, with "
+            "offline: true where there is no network"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("exp_manager.create_wandb_logger=True needs the package wandb: pip install wandb")
 
 
 def _data(config: Config) -> None:

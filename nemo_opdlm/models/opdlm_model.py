@@ -17,6 +17,7 @@ from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
+from nemo_opdlm.lightning.loggers import NEMO_NAMES
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron import tensor_overlap
@@ -196,14 +197,15 @@ class OPDLMModel(ModelPT):
         """One update (``OnPolicyDistiller.update``)."""
         metrics = self.distiller.update(self.global_step)
         self.step_metrics = metrics
-        names = {"reduced_train_loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm"}
-        self.log_dict({**metrics, **{nemo: metrics[ours] for nemo, ours in names.items()}}, batch_size=1)
+        same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items()}
+        # For checkpoints and early stopping to monitor; MetricsFile writes them to the loggers.
+        self.log_dict({**metrics, **same}, batch_size=1, logger=False)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """``val_loss``: the held-out divergence."""
         self._optimizer.network.finish_param_sync()
         value = self.heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
-        self.log("val_loss", value, batch_size=1)
+        self.log("val_loss", value, batch_size=1, logger=False)
 
     @property
     def heldout(self) -> HeldoutSet:

@@ -25,6 +25,7 @@ from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.lightning.callbacks import StepProgressBar
+from nemo_opdlm.lightning.loggers import finished_loggers
 from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron import flex
@@ -90,7 +91,8 @@ def train(config: Config) -> OPDLMModel:
             folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
             raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
         logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
-        trainer.fit(model)
+        with finished_loggers(trainer):
+            trainer.fit(model)
     return model
 
 

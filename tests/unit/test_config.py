@@ -227,6 +227,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("exp_manager.ema.enable", True, "Megatron's optimizer"),
     ("exp_manager.checkpoint_callback_params.async_save", True, "set model.dist_ckpt_async_save=True"),
     ("exp_manager.checkpoint_callback_params.monitor", None, "'val_loss'"),
+    ("exp_manager.create_wandb_logger", True, "exp_manager.wandb_logger_kwargs={project: NAME}"),
     ("model.optim.sched.constant_steps", 5, "must be 0"),
     ("model.opdlm.block_grid", "response", "not available"),
     ("model.opdlm.attention", "split", "not available"),
