@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.virtual_pipeline_model_parallel_size": (lambda v: v >= 2, "at least 2, or null"),
     "model.context_parallel_size": (lambda v: v >= 1, "at least 1"),
     "model.distributed_timeout_minutes": (lambda v: v > 0, "above 0"),
+    "model.device_peak_tflops": (lambda v: v > 0, "above 0, or null"),
     "model.activations_checkpoint_num_layers": (lambda v: v >= 1, "at least 1"),
     "model.fp8_margin": (lambda v: v >= 0, "at least 0"),
     "model.fp8_amax_history_len": (lambda v: v >= 1, "at least 1"),

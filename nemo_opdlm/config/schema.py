@@ -214,6 +214,8 @@ class ModelConfig:
             host memory, which must have room for two copies (a best and a last checkpoint), and a checkpoint is there,
             whole, some updates later. If several ranks train and one fails meanwhile, the run resumes from the
             checkpoint before.
+        device_peak_tflops: dense peak of one device at this precision, in TFLOP/s, for `throughput/mfu`; null = known for
+            A100, H100, H200 and B200 in bf16, else there is no such metric.
     """
 
     restore_from_path: str | None = None
@@ -271,6 +273,7 @@ class ModelConfig:
     mcore_customization_config: dict[str, Any] = field(default_factory=dict)
 
     dist_ckpt_async_save: bool = False
+    device_peak_tflops: float | None = None
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,8 +1,6 @@
 """On-policy distillation: one update at a time, in the paper's five moves."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +22,7 @@ from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batch
 from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 from nemo_opdlm.models.method import Method
+from nemo_opdlm.models.phases import Phases
 
 Metrics = dict[str, float]
 
@@ -70,6 +69,7 @@ class OnPolicyDistiller:
         prompts: the training prompts.
         step: steps the optimizer and returns the gradient norm; Lightning counts updates by it.
         on_progress: told how far each batch of a rollout is, before each of its forwards.
+        on_phase: told which part of an update begins.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class OnPolicyDistiller:
         prompts: PromptDataset,
         step: Callable[[], float] | None = None,
         on_progress: Callable[[RolloutProgress], None] | None = None,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -91,6 +92,7 @@ class OnPolicyDistiller:
         self.prompts = prompts
         self.step = step or optimizer.step
         self.on_progress = on_progress
+        self.phases = Phases(student.parallel.device, on_phase)
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
@@ -136,7 +138,7 @@ class OnPolicyDistiller:
         """Responses to the prompts of this rollout step, by the student (or the teacher, off policy)."""
         samples = self.schedule.indices(rollout_step)
         self.student.finish_param_sync()
-        with _timed("rollout", metrics):
+        with self.phases.timed("rollout", metrics):
             trajectory = self._respond(rollout_step, samples)
         metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))
         self.num_generated_tokens += int(trajectory.response_len.sum())
@@ -183,7 +185,7 @@ class OnPolicyDistiller:
         """This data-parallel rank's rollouts, and the targets of all their response tokens from one causal pass."""
         rows = self._rows_of_rank(trajectory)
         trajectory, states = trajectory.index(rows), states.index(rows)
-        with _timed("teacher", metrics):
+        with self.phases.timed("teacher", metrics):
             return Share(trajectory, states, self._targets(trajectory))
 
     def next_epoch(self, batch: RolloutBatch, epoch: int) -> RolloutBatch:
@@ -203,7 +205,7 @@ class OnPolicyDistiller:
 
     def accumulate_gradients(self, batch: RolloutBatch, index: int, metrics: Metrics) -> None:
         """Forward and backward passes of update number ``index`` of the batch's epoch."""
-        with _timed("student", metrics):
+        with self.phases.timed("student", metrics):
             size = self.config.global_batch_size // self.student.parallel.dp_size
             parts = micro_batches(
                 batch.share.trajectory,
@@ -232,7 +234,7 @@ class OnPolicyDistiller:
     def take_step(self, metrics: Metrics) -> None:
         """Clip, update the weights, advance the learning rate."""
         metrics["train/lr"] = self.optimizer.lr
-        with _timed("optimizer", metrics):
+        with self.phases.timed("optimizer", metrics):
             metrics["train/grad_norm"] = self.step()
         metrics["generated_tokens"] = float(self.num_generated_tokens)
         metrics["trained_tokens"] = float(self.num_trained_tokens)
@@ -322,13 +324,6 @@ def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, d
     lengths = trajectory.prompt_len + trajectory.response_len
     updates = torch.arange(len(trajectory), device=lengths.device).split(global_batch_size)
     return torch.cat([rows[lengths[rows].argsort(stable=True)][dp_rank::dp_size] for rows in updates])
-
-
-@contextmanager
-def _timed(name: str, metrics: Metrics) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    metrics[f"time/{name}_s"] = time.perf_counter() - start
 
 
 def _rollout_metrics(trajectory: Trajectory, seconds: float) -> Metrics:

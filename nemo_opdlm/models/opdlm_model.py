@@ -1,5 +1,6 @@
 """``OPDLMModel``: the composition root. NeMo and Lightning drive it, ``distiller.py`` does the method."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from nemo_opdlm.models.conversion import PREFIX
 from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
+from nemo_opdlm.models.peak_flops import peak_tflops
 from nemo_opdlm.models.precision import precision_name
 from nemo_opdlm.models.settings import (
     HELDOUT_SAMPLING,
@@ -38,6 +40,7 @@ from nemo_opdlm.models.settings import (
     model_section,
     optimizer_settings,
 )
+from nemo_opdlm.models.throughput import Throughput
 
 
 class _Updates(Dataset[int]):
@@ -169,6 +172,13 @@ class OPDLMModel(ModelPT):
         self._unregistered = (self.teacher, distiller)
         if self.model.config.tp_comm_overlap:
             tensor_overlap.start(self.model.config, self.parallel, distiller.split.num_columns)
+        self._throughput = Throughput(
+            self.config,
+            self.arch,
+            None if self.teacher is None else self.teacher.network.arch,
+            self.trainer.world_size,
+            peak_tflops(self.config.device_peak_tflops, self.parallel.device, self.trainer.precision),
+        )
         self.setup_training_data(self.cfg.data.train_ds)
         if self._heldout_prompts is not None:
             self.setup_validation_data(self.cfg.data.validation_ds)
@@ -195,7 +205,12 @@ class OPDLMModel(ModelPT):
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
-        metrics = self.distiller.update(self.global_step)
+        global_step, start = self.global_step, time.perf_counter()
+        metrics = self.distiller.update(global_step)
+        assert self.distiller.batch is not None
+        index = global_step % self.config.updates_per_epoch
+        seconds = time.perf_counter() - start
+        metrics |= self._throughput.metrics(self.distiller.batch, index, metrics, seconds)
         self.step_metrics = metrics
         same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items()}
         # For checkpoints and early stopping to monitor; MetricsFile writes them to the loggers.
@@ -234,12 +249,14 @@ class OPDLMModel(ModelPT):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a sharded tensor: the unfinished rollout batch and the schedule."""
         checkpoint["opdlm"] = self.distiller.state_dict()
+        checkpoint["device_hours"] = self._throughput.device_hours
         checkpoint["lr_scheduler"] = self._optimizer.scheduler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the schedule and continue the unfinished rollout batch; the strategy loads checkpoints after ``setup``."""
         self._optimizer.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.distiller.load_state_dict(checkpoint["opdlm"])
+        self._throughput.device_hours = checkpoint.get("device_hours", 0.0)
 
     @property
     def vocab_size(self) -> int:

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemo_opdlm.config import Architecture
+from nemo_opdlm.diffusion.work import rollout_work
+from nemo_opdlm.models.flops import forward_flops
+from nemo_opdlm.models.peak_flops import known_peak
 from tests.integration.toy_runs import fit
 from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs
 
@@ -85,7 +89,7 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
 
 
 def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     log_dir = tmp_path / "log"
     settings = (
         "exp_manager.create_wandb_logger=true",
@@ -95,6 +99,7 @@ def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> 
     run(log_dir, *overrides, "trainer.max_steps=3")
     run(log_dir, *overrides, "trainer.max_steps=5")
     rows = read_metrics(log_dir)
+    wandb.teardown()  # its own process writes the files, and need not be through when a run is finished
     first, second = sorted((log_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert first.name == second.name, "one id"
     for file, steps in ((first, (1, 2, 3)), (second, (4, 5))):
@@ -103,3 +108,86 @@ def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> 
             logged = {row["trainer/global_step"]: row[name] for row in history if name in row}
             assert logged == pytest.approx(values), name
             assert sum(name in row for row in history) == len(values), name
+
+
+# -- speed and cost --
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(name: str, tflops: float | None) -> None:
+    assert known_peak(name) == tflops
+
+
+def test_a_forward_pass_has_the_flops_of_its_matrix_products() -> None:
+    arch = Architecture(
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=12,
+        num_attention_heads=4,
+        vocab_size=10,
+        max_position_embeddings=9,
+        num_query_groups=2,
+        kv_channels=4,
+    )
+    # One token that sees five: query and output 8 x 16 each, key and value 8 x 8 each, SwiGLU 3 x 8 x 12, head 8 x 10.
+    layer = 2 * (2 * 8 * 16 + 2 * 8 * 8 + 3 * 8 * 12) + 2 * 2 * 16 * 5
+    assert forward_flops(arch, (1, 5, 1)) == 2 * layer + 2 * 8 * 10
+
+
+MODES: dict[str, tuple[str, ...]] = {
+    "published": (),
+    "top_k_with_causal_copies": ("model.opdlm.divergence_top_k=4", "model.opdlm.ar_loss_weight=0.5"),
+    "two_epochs": ("model.opdlm.epochs_per_rollout=2",),
+    "off_policy": ("+experiment=off_policy",),
+    "nll": ("model.opdlm.divergence=nll",),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_step_says_what_it_cost(mode: str, tmp_path: Path) -> None:
+    overrides = (*TINY, *tiny_inputs(tmp_path), *MODES[mode])
+    model = run(tmp_path, *overrides, "trainer.max_steps=3", "model.device_peak_tflops=0.5")
+    rows = read_metrics(tmp_path)
+    hours = [row["device_hours"] for row in rows]
+    assert 0 < hours[0] < hours[1] < hours[2]
+    for row in rows:
+        phases = sum(row.get(f"time/{name}_s", 0.0) for name in ("rollout", "teacher", "student", "optimizer"))
+        assert 0 < phases <= row["time/step_s"] and phases > 0.5 * row["time/step_s"]
+        assert row["throughput/mfu"] == pytest.approx(row["throughput/tflops_per_device"] / 0.5)
+        assert row["train/tokens_per_s"] > 0 and 0.05 < row["memory/peak_gib"] < 100
+    batch = model.distiller.batch
+    assert batch is not None
+    cost = model._throughput.cost(batch)
+    tokens = sum(cost.row_tokens)
+    clean = int((batch.trajectory.prompt_len + batch.trajectory.response_len).sum())
+    assert (2 if mode == "top_k_with_causal_copies" else 1) * clean < tokens < 4 * clean
+    index = 2 % model.config.updates_per_epoch
+    flops = rows[2]["throughput/tflops_per_device"] * 1e12 * rows[2]["time/step_s"]
+    is_first = "time/rollout_s" in rows[2]
+    assert flops == pytest.approx(cost.update_flops[index] + is_first * cost.rollout_flops)
+    if mode == "nll":  # the student alone: no teacher is asked
+        of_rollout = rollout_work(batch.trajectory).stack().sum(1).tolist()
+        assert cost.rollout_flops == forward_flops(model.arch, of_rollout)
+
+
+def test_without_a_peak_there_is_no_mfu_and_device_hours_survive_a_restart(tmp_path: Path) -> None:
+    overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, SCHEDULE)
+    model = run(tmp_path / "log", *overrides, "trainer.max_steps=2")
+    model._throughput.device_hours += 100
+    model.trainer.save_checkpoint(next((tmp_path / "log" / "checkpoints").glob("*last")))
+    run(tmp_path / "log", *overrides, "trainer.max_steps=3")
+    rows = read_metrics(tmp_path / "log")
+    assert rows[1]["device_hours"] < 1 and 100 < rows[2]["device_hours"] < 101
+    assert not any("throughput/mfu" in row for row in rows)
