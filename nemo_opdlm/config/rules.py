@@ -33,6 +33,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.virtual_pipeline_model_parallel_size": (lambda v: v >= 2, "at least 2, or null"),
     "model.context_parallel_size": (lambda v: v >= 1, "at least 1"),
     "model.distributed_timeout_minutes": (lambda v: v > 0, "above 0"),
+    "model.log_samples_every_n_steps": (lambda v: v >= 1, "at least 1 optimizer step, or null"),
+    "model.num_logged_samples": (lambda v: v >= 1, "at least 1"),
     "model.device_peak_tflops": (lambda v: v > 0, "above 0, or null"),
     "model.activations_checkpoint_num_layers": (lambda v: v >= 1, "at least 1"),
     "model.fp8_margin": (lambda v: v >= 0, "at least 0"),

@@ -214,6 +214,9 @@ class ModelConfig:
             host memory, which must have room for two copies (a best and a last checkpoint), and a checkpoint is there,
             whole, some updates later. If several ranks train and one fails meanwhile, the run resumes from the
             checkpoint before.
+        log_samples_every_n_steps: prompts and responses of the current rollout batch are logged after the first update and
+            after every so many: a table in the log and the loggers, whole texts in `samples.jsonl`; null = never.
+        num_logged_samples: how many of them, the first of the batch.
         device_peak_tflops: dense peak of one device at this precision, in TFLOP/s, for `throughput/mfu`; null = known for
             A100, H100, H200 and B200 in bf16, else there is no such metric.
     """
@@ -273,6 +276,8 @@ class ModelConfig:
     mcore_customization_config: dict[str, Any] = field(default_factory=dict)
 
     dist_ckpt_async_save: bool = False
+    log_samples_every_n_steps: int | None = 100
+    num_logged_samples: int = 4
     device_peak_tflops: float | None = None
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -20,6 +20,7 @@ from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.loggers import NEMO_NAMES
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
+from nemo_opdlm.lightning.samples import Sample
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron import tensor_overlap
 from nemo_opdlm.megatron.effective import effective_settings
@@ -33,6 +34,7 @@ from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
 from nemo_opdlm.models.peak_flops import peak_tflops
 from nemo_opdlm.models.precision import precision_name
+from nemo_opdlm.models.samples import read_samples, tokenizer_of
 from nemo_opdlm.models.settings import (
     HELDOUT_SAMPLING,
     heldout_settings,
@@ -92,6 +94,7 @@ class OPDLMModel(ModelPT):
         folder = self.config.tokenizer.type
         #: Name -> content, for the archive.
         self.tokenizer_files = {} if folder is None else read_tokenizer_files(Path(folder))
+        self._tokenizer: Any = None
         self.tokens: SpecialTokens | None = None
         self.step_metrics: Metrics = {}
         #: Whoever wants to be told how far a rollout is.
@@ -215,6 +218,14 @@ class OPDLMModel(ModelPT):
         same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items()}
         # For checkpoints and early stopping to monitor; MetricsFile writes them to the loggers.
         self.log_dict({**metrics, **same}, batch_size=1, logger=False)
+
+    def samples(self, count: int) -> list[Sample]:
+        """The first rollouts of the batch that the last update trained on, as text."""
+        batch = self.distiller.batch
+        assert batch is not None
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.config.tokenizer, self.tokenizer_files)
+        return read_samples(batch.trajectory, batch.rollout_step, count, self._tokenizer)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """``val_loss``: the held-out divergence."""

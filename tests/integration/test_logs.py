@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.work import rollout_work
+from nemo_opdlm.lightning.samples import as_text
 from nemo_opdlm.models.flops import forward_flops
 from nemo_opdlm.models.peak_flops import known_peak
 from tests.integration.toy_runs import fit
@@ -108,6 +109,54 @@ def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> 
             logged = {row["trainer/global_step"]: row[name] for row in history if name in row}
             assert logged == pytest.approx(values), name
             assert sum(name in row for row in history) == len(values), name
+
+
+# -- samples --
+
+
+def test_samples_of_the_current_rollouts_are_logged_and_a_resumed_run_logs_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (
+        "model.log_samples_every_n_steps=2",
+        "model.num_logged_samples=3",
+        "exp_manager.create_tensorboard_logger=true",
+    )
+    overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, SCHEDULE, *settings)
+    model = run(tmp_path / "whole", *overrides, "trainer.max_steps=4")
+    run(tmp_path / "legs", *overrides, "trainer.max_steps=3")
+    run(tmp_path / "legs", *overrides, "trainer.max_steps=4")
+    whole, legs = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "legs"))
+    assert whole == legs
+    samples = [json.loads(line) for line in whole.splitlines()]
+    assert [(sample["global_step"], sample["rollout_step"]) for sample in samples] == [
+        *[(1, 1)] * 3,
+        *[(2, 1)] * 3,
+        *[(4, 2)] * 3,
+    ]
+    assert samples[:3] == [{**sample, "global_step": 1} for sample in samples[3:6]], "the same rollouts"
+    batch = model.distiller.batch
+    assert batch is not None
+    for row, sample in enumerate(samples[6:]):
+        end = int(batch.trajectory.prompt_len[row])
+        words = [f"w{i}" for i in batch.trajectory.token_ids[row, :end].tolist()]
+        assert sample["prompt"].split() == words
+        assert sample["response_len"] == int(batch.trajectory.response_len[row]) == len(sample["response"].split())
+        assert sample["num_forwards"] == int(batch.trajectory.num_forwards[row]) >= 1
+        assert sample["finish_reason"] in ("end_of_turn", "length")
+    (table,) = [text for text in caplog.messages if text.startswith("Samples after update 1\n")][:1]
+    assert all(word in table for word in samples[0]["prompt"].split())
+    events = EventAccumulator(str(tmp_path / "legs"))
+    events.Reload()
+    shown = events.Tensors("samples/text_summary")
+    assert [event.step for event in shown] == [1, 2, 4]
+    assert samples[6]["prompt"] in shown[-1].tensor_proto.string_val[0].decode()
+
+
+def test_nothing_in_a_sample_is_a_command_of_the_terminal_or_markup() -> None:
+    text = as_text(("prompt", "response"), [("[red]a\x1b[31mb\rc", "\u202e" + "d" * 1000)])
+    assert "[red]a\\x1b[31mb\\rc" in text and "\\u202e" in text and "…" in text
+    assert text.isascii() or set(text) <= {*text.encode("ascii", "ignore").decode(), *"┏━┳┓┃┡╇┩│├┼┤└┴┘─…"}
 
 
 # -- speed and cost --

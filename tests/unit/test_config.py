@@ -258,6 +258,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.tensor_model_parallel_size", 2, "must be a multiple of model.tensor_model_parallel_size=2"),
     ("model.context_parallel_size", 0, "at least 1"),
     ("model.distributed_timeout_minutes", 0, "above 0"),
+    ("model.log_samples_every_n_steps", 0, "at least 1 optimizer step, or null"),
+    ("model.num_logged_samples", 0, "at least 1"),
     ("model.device_peak_tflops", 0, "above 0"),
     ("model.virtual_pipeline_model_parallel_size", 1, "at least 2, or null"),
     ("model.virtual_pipeline_model_parallel_size", 2, "pipeline_model_parallel_size=1"),
