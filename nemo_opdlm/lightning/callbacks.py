@@ -118,8 +118,9 @@ class MetricsFile(Callback):
 class StepProgressBar(ProgressBar):
     """Optimizer steps done and to do, with the newest of a few metrics; Lightning's own bar counts batches of an epoch.
 
-    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps. While the module rolls out (and
-    calls its `rollout_progress`), it tells how far that is: on a terminal twice a second, elsewhere once a minute.
+    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps; only the first rank has one. It
+    names the phase that a step is in (the module calls its `phase_began`) and tells how far a rollout is, or the teacher's
+    answers to held-out prompts (`rollout_progress`): on a terminal twice a second, elsewhere once a minute.
 
     Args:
         shown: metrics to show, of `pl_module.step_metrics` and Lightning's logged metrics.
@@ -132,7 +133,8 @@ class StepProgressBar(ProgressBar):
         self._stream = stream
         self._bar: tqdm[Any] | None = None
         self._enabled = True
-        self._rollout_start = self._rollout_shown = 0.0
+        self._phase = "rollout"
+        self._rollout_start = self._shown_at = 0.0
 
     @override
     def disable(self) -> None:
@@ -154,25 +156,41 @@ class StepProgressBar(ProgressBar):
         self._bar = tqdm(
             total=steps, initial=trainer.global_step, desc=_TRAINING, unit="step", file=stream, mininterval=interval
         )
+        self._shown_at = time.monotonic()
         pl_module.rollout_progress = self.show_rollout  # type: ignore[assignment]
+        pl_module.phase_began = self.show_phase  # type: ignore[assignment]
+
+    def show_phase(self, name: str) -> None:
+        """Name what is done now."""
+        assert self._bar is not None
+        self._phase = name
+        if self._bar.fp.isatty() or time.monotonic() - self._shown_at >= _FILE_SECONDS:
+            self._show(name)
 
     def show_rollout(self, progress: RolloutProgress) -> None:
         """Tell how far a rollout is."""
         now = time.monotonic()
         if progress["num_forwards"] == 0:
-            self._rollout_start = self._rollout_shown = now
+            self._rollout_start = self._shown_at = now
             return
         assert self._bar is not None
-        is_terminal = self._bar.fp.isatty()
-        if now - self._rollout_shown < (_TERMINAL_SECONDS if is_terminal else _FILE_SECONDS):
-            return
-        self._rollout_shown = now
-        speed = progress["num_tokens"] / (now - self._rollout_start)
-        text = f"{_TRAINING}, rollout: {describe(progress)}, {speed:.0f} tokens/s"
-        if is_terminal:
-            self._bar.set_description(text)
+        if now - self._shown_at >= (_TERMINAL_SECONDS if self._bar.fp.isatty() else _FILE_SECONDS):
+            speed = progress["num_tokens"] / (now - self._rollout_start)
+            self._show(f"{self._phase}: {describe(progress)}, {speed:.0f} tokens/s")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell that a checkpoint is written."""
+        if self._bar is not None:
+            self.show_phase("checkpoint")
+
+    def _show(self, text: str) -> None:
+        assert self._bar is not None
+        self._shown_at = time.monotonic()
+        if self._bar.fp.isatty():
+            self._bar.set_description(f"{_TRAINING}, {text}")
         else:
-            self._bar.fp.write(f"{text}\n")
+            self._bar.fp.write(f"{_TRAINING}, {text}\n")
             self._bar.fp.flush()
 
     @override
@@ -189,6 +207,7 @@ class StepProgressBar(ProgressBar):
         self._bar.update(trainer.global_step - self._bar.n)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._bar.fp.isatty() and trainer.global_step % interval == 0:
+            self._shown_at = time.monotonic()
             self._bar.fp.write(f"{self._bar}\n")
             self._bar.fp.flush()
 
@@ -198,6 +217,7 @@ class StepProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+            pl_module.rollout_progress = pl_module.phase_began = None  # type: ignore[assignment]
 
 
 def _finite(value: float) -> float | None:

@@ -97,8 +97,9 @@ class OPDLMModel(ModelPT):
         self._tokenizer: Any = None
         self.tokens: SpecialTokens | None = None
         self.step_metrics: Metrics = {}
-        #: Whoever wants to be told how far a rollout is.
+        #: Whoever wants to be told how far a rollout is, and which part of a step begins.
         self.rollout_progress: Callable[[RolloutProgress], None] | None = None
+        self.phase_began: Callable[[str], None] | None = None
         # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
         self._unregistered: tuple[Any, ...] = ()
         self._train_prompts: PromptDataset | None = None
@@ -171,6 +172,7 @@ class OPDLMModel(ModelPT):
             self._train_prompts,
             step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
             on_progress=self._tell_progress,
+            on_phase=self._tell_phase,
         )
         self._unregistered = (self.teacher, distiller)
         if self.model.config.tp_comm_overlap:
@@ -191,6 +193,10 @@ class OPDLMModel(ModelPT):
     def _tell_progress(self, progress: RolloutProgress) -> None:
         if self.rollout_progress is not None:
             self.rollout_progress(progress)
+
+    def _tell_phase(self, name: str) -> None:
+        if self.phase_began is not None:
+            self.phase_began(name)
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """One item per update of an epoch over the training prompts."""
@@ -230,7 +236,9 @@ class OPDLMModel(ModelPT):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """``val_loss``: the held-out divergence."""
         self._optimizer.network.finish_param_sync()
-        value = self.heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
+        heldout = self.heldout
+        self._tell_phase("validation")
+        value = heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
         self.log("val_loss", value, batch_size=1, logger=False)
 
     @property
@@ -242,6 +250,7 @@ class OPDLMModel(ModelPT):
 
     def _build_heldout(self) -> HeldoutSet:
         assert self.teacher is not None
+        self._tell_phase("held-out answers")
         validation, method = self.config.data.validation_ds, self.method
         count = min(validation.num_samples, len(self.heldout_prompts))
         prompts = collate([self.heldout_prompts[i] for i in range(count)], method.pad_id)
@@ -251,6 +260,7 @@ class OPDLMModel(ModelPT):
             *(tensor.to(self.parallel.device) for tensor in prompts),
             validation.response_length,
             heldout_settings(method),
+            self._tell_progress,
         )
 
     def on_train_end(self) -> None:

@@ -1,6 +1,8 @@
 """What a run tells beside metrics.jsonl, and that the loggers of exp_manager tell the same."""
 
+import itertools
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.work import rollout_work
+from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.samples import as_text
 from nemo_opdlm.models.flops import forward_flops
 from nemo_opdlm.models.peak_flops import known_peak
@@ -109,6 +112,23 @@ def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> 
             logged = {row["trainer/global_step"]: row[name] for row in history if name in row}
             assert logged == pytest.approx(values), name
             assert sum(name in row for row in history) == len(values), name
+
+
+# -- progress --
+
+
+def test_every_phase_of_a_step_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(callbacks, "_FILE_SECONDS", 0.0)
+    overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, "trainer.enable_progress_bar=true")
+    run(tmp_path, *overrides, "exp_manager.checkpoint_callback_params.every_n_train_steps=2")
+    told = re.findall(r"^Training, ([^:\n]*)", capsys.readouterr().err, re.MULTILINE)
+    phases = [name for name, _ in itertools.groupby(told)]
+    step = ["student", "optimizer"]
+    expected = ["rollout", "teacher", *step, *step, "checkpoint", "held-out answers", "validation"]
+    assert phases == expected
+    assert told.count("rollout") > 3 and told.count("held-out answers") > 3, "how far they are"
 
 
 # -- samples --
