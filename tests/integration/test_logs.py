@@ -215,6 +215,13 @@ def test_a_forward_pass_has_the_flops_of_its_matrix_products() -> None:
     assert forward_flops(arch, (1, 5, 1)) == 2 * layer + 2 * 8 * 10
 
 
+def assert_documented(rows: list[dict[str, Any]]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "logs.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"`([a-z_/]+)`", text)) | {"train/kl_at_mask_ratio_"}
+    found = {name.rstrip("0123456789.") for row in rows for name in row}
+    assert found <= known
+
+
 MODES: dict[str, tuple[str, ...]] = {
     "published": (),
     "top_k_with_causal_copies": ("model.opdlm.divergence_top_k=4", "model.opdlm.ar_loss_weight=0.5"),
@@ -229,6 +236,7 @@ def test_each_step_says_what_it_cost(mode: str, tmp_path: Path) -> None:
     overrides = (*TINY, *tiny_inputs(tmp_path), *MODES[mode])
     model = run(tmp_path, *overrides, "trainer.max_steps=3", "model.device_peak_tflops=0.5")
     rows = read_metrics(tmp_path)
+    assert_documented(rows)
     hours = [row["device_hours"] for row in rows]
     assert 0 < hours[0] < hours[1] < hours[2]
     for row in rows:
