@@ -102,15 +102,17 @@ class MetricsFile(Callback):
     def _add(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         if not self._lines.is_open or not self._row:
             return
-        self._row |= {key: _finite(value) for key, value in metrics.items()}
+        # A run killed in a validation makes it again; the loggers may have its figures from before.
+        new = {key: value for key, value in metrics.items() if key not in self._row}
+        self._row |= {key: _finite(value) for key, value in new.items()}
         self._lines.rewrite_last(self._row)
-        log_scalars(trainer, metrics, self._last_step)
+        log_scalars(trainer, new, self._last_step)
 
     def _open(self, trainer: Trainer, step: int) -> None:
         if not trainer.is_global_zero:
             return
         self._last_step = step
-        self._lines.open(step)
+        self._row = self._lines.open(step)
         if step > 0:
             forget_after(trainer, step)
 

@@ -27,14 +27,19 @@ class StepLines:
         """Whether lines can be written; on ranks other than the first they never can."""
         return self._stream is not None
 
-    def open(self, step: int) -> None:
-        """Recover the lines up to this step; 0 begins a new file."""
+    def open(self, step: int) -> dict[str, Any]:
+        """Recover the lines up to this step, 0 begins a new file; returns the step's own line, which can be rewritten."""
         lines = _lines_until(_previous_file(self.path, step), step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         recovered = self.path.with_suffix(".partial")
         recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         os.replace(recovered, self.path)
         self._stream = self.path.open("a", encoding="utf-8")
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        if last.get("global_step") != step:
+            return {}
+        self._last_start = self._stream.tell() - len(lines[-1].encode()) - 1
+        return last
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a line."""
@@ -43,7 +48,7 @@ class StepLines:
         self._append(row)
 
     def rewrite_last(self, row: Mapping[str, Any]) -> None:
-        """Put another line in the place of the last one that `write` added."""
+        """Put another line in the place of the last one."""
         assert self._stream is not None
         self._stream.truncate(self._last_start)
         self._append(row)

@@ -1,11 +1,13 @@
 """What a run tells beside metrics.jsonl, and that the loggers of exp_manager tell the same."""
 
+import io
 import itertools
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.work import rollout_work
 from nemo_opdlm.lightning import callbacks
+from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.samples import as_text
 from nemo_opdlm.models.flops import forward_flops
 from nemo_opdlm.models.peak_flops import known_peak
+from tests.integration.toy_model import Killed, ToyModel
 from tests.integration.toy_runs import fit
 from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs
 
@@ -63,6 +67,30 @@ def test_tensorboard_shows_each_step_once_also_where_a_killed_run_was_ahead_of_i
     assert [row["global_step"] for row in rows if "time/checkpoint_s" in row] == [2, 3, 4, 6, 8]
     assert all(row["train/grad_norm"] is None for row in rows), "NaN"
     assert_tensorboard_is(tmp_path, rows)
+
+
+def test_a_run_killed_in_a_validation_adds_its_figures_to_the_line_from_before(tmp_path: Path) -> None:
+    """The checkpoint of step 4 is saved ahead of the validation that is due then."""
+    settings: dict[str, Any] = {"tensorboard": True, "every_n_train_steps": 4, "every_n_epochs": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyModel, "validation_step", killed_at(4, ToyModel.validation_step))
+        with pytest.raises(Killed):
+            fit(tmp_path, 6, **settings)
+    assert "val_loss" not in read_metrics(tmp_path)[-1]
+    fit(tmp_path, 6, **settings)
+    rows = read_metrics(tmp_path)
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["global_step"] for row in rows if "val_loss" in row] == [2, 4, 6]
+    assert_tensorboard_is(tmp_path, rows)
+
+
+def killed_at(step: int, validation_step: Callable[..., None]) -> Callable[..., None]:
+    def validate(model: ToyModel, *arguments: Any) -> None:
+        if model.trainer.global_step == step:
+            raise Killed
+        validation_step(model, *arguments)
+
+    return validate
 
 
 # -- Weights & Biases --
@@ -129,6 +157,15 @@ def test_every_phase_of_a_step_is_told(
     expected = ["rollout", "teacher", *step, *step, "checkpoint", "held-out answers", "validation"]
     assert phases == expected
     assert told.count("rollout") > 3 and told.count("held-out answers") > 3, "how far they are"
+
+
+def test_other_ranks_show_no_progress() -> None:
+    stream, module = io.StringIO(), SimpleNamespace()
+    bar = StepProgressBar(stream=stream)
+    trainer: Any = SimpleNamespace(is_global_zero=False, max_steps=4, global_step=0)
+    bar.setup(trainer, module, "fit")  # type: ignore[arg-type]
+    bar.on_train_start(trainer, module)  # type: ignore[arg-type]
+    assert not stream.getvalue() and not vars(module)
 
 
 # -- samples --
