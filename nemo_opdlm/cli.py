@@ -173,7 +173,7 @@ def _composition_message(error: Exception, known: tuple[str, ...]) -> str:
     if refused is None:
         return text
     (file, key), choices = refused.groups(), groups.read_groups(CONF)
-    where = f"{file}.yaml: " if file is not None and "/" in file else ""
+    where = groups.place(file)
     if key in choices:
         return f"{where}{key} is a group of configurations: write +{key}=..., one of {', '.join(choices[key])}"
     if key in known:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_CHOICE = re.compile(r"(\+?)([\w/]+)=(\w+)")
+_CHOICE = re.compile(r"(\+?)([\w/]+)=([\w./-]+)")
 #: What Hydra says about a file that does not exist: one choice, then one of several.
 _UNKNOWN_CHOICE = re.compile(r"(?:In '([^']*)': )?Could not (?:find|load) '([^']+)'")
 _AVAILABLE = re.compile(r"Available options in '([^']+)':\s+(.*?)(?:Config search path:|$)", re.DOTALL)
@@ -56,8 +56,12 @@ def unknown_choice(message: str, folder: Path) -> str | None:
     file, path = found.groups()
     group = path.rpartition("/")[0] if available is None else available[1]
     choices = read_groups(folder).get(group, ()) if available is None else available[2].split()
-    where = f"{file}.yaml: " if file is not None and "/" in file else ""
-    return where + _refusal(group, path.removeprefix(f"{group}/"), choices)
+    return place(file) + _refusal(group, path.removeprefix(f"{group}/"), choices)
+
+
+def place(file: str | None) -> str:
+    """The start of a message about a choice's file, under Hydra's name for it; empty where it is about the command line."""
+    return f"{file}.yaml: " if file is not None and "/" in file else ""
 
 
 def _refusal(group: str, choice: str | None, choices: Sequence[str]) -> str:
