@@ -57,12 +57,14 @@ class Generator:
         tokenizer: of the archive.
         tokens: mask, padding and end tokens, and what is never proposed.
         block_size: tokens of a block the model was trained for.
+        added_rows: vocabulary rows, the last ones, that the AR original did not have.
     """
 
     network: StagedGPT
     tokenizer: "PreTrainedTokenizerBase"
     tokens: SpecialTokens
     block_size: int
+    added_rows: int = 0
 
     @staticmethod
     def load(path: str | Path) -> "Generator":
@@ -75,15 +77,16 @@ class Generator:
             if archive.tokenizer is None:
                 raise ArchiveError(f"{archive.source}: the archive holds no tokenizer")
             tokenizer = load_tokenizer(archive.tokenizer)
-            opdlm = _method_section(archive)
+            opdlm, origin = _method_section(archive), archive.config.get("origin") or {}
             tokens = SpecialTokens.read(
                 tokenizer,
                 network.arch.vocab_size,
                 int(opdlm["mask_token_id"]),
                 (opdlm.get("rollout") or {}).get("end_token_ids"),
-                archive.config.get("origin") or {},
+                origin,
             )
-            return Generator(network, tokenizer, tokens, int(opdlm["block_size"]))
+            added_rows = int(origin.get("added_rows") or 0)
+            return Generator(network, tokenizer, tokens, int(opdlm["block_size"]), added_rows)
 
     def encode(self, rows: Sequence[PromptRow], chat_template: bool | str = "auto") -> list[Tensor]:
         """Token ids int64 ``[P]`` of each prompt, as training encodes them.
