@@ -85,11 +85,7 @@ def validate_generate(config: GenerateConfig) -> GenerateConfig:
         FileNotFoundError: a file does not exist.
     """
     check_apex()
-    for key, training_key in _LIKE_TRAINING.items():
-        _check_range(key, getattr(config, key), *RANGES[training_key])
-    _check_range("denoising_steps", config.denoising_steps, lambda v: v >= 1, "at least 1")
-    if config.block_size is not None:
-        check_denoising_steps(config.denoising_steps, config.block_size)
+    validate_decoding(config)
     if (config.prompts is None) == (config.prompts_file is None):
         found = "found neither" if config.prompts is None else "found both"
         raise ValueError(f"give the prompts in one of prompts and prompts_file, {found}")
@@ -102,6 +98,19 @@ def validate_generate(config: GenerateConfig) -> GenerateConfig:
     ):
         check_exists(key, path)
     return config
+
+
+def validate_decoding(config: GenerateConfig) -> None:
+    """Check how tokens are decoded.
+
+    Raises:
+        ValueError: a value is out of range or contradicts another.
+    """
+    for key, training_key in _LIKE_TRAINING.items():
+        check_range(key, getattr(config, key), *RANGES[training_key])
+    check_range("denoising_steps", config.denoising_steps, lambda v: v >= 1, "at least 1")
+    if config.block_size is not None:
+        check_denoising_steps(config.denoising_steps, config.block_size)
 
 
 def check_denoising_steps(denoising_steps: int | None, block_size: int) -> None:
@@ -117,7 +126,12 @@ def check_denoising_steps(denoising_steps: int | None, block_size: int) -> None:
         )
 
 
-def _check_range(key: str, value: Any, accepts: Callable[[Any], bool], rule: str) -> None:
+def check_range(key: str, value: Any, accepts: Callable[[Any], bool], rule: str) -> None:
+    """Refuse a value, unless it is None, by a rule and that rule in words.
+
+    Raises:
+        ValueError: the rule does not hold.
+    """
     if value is not None and not accepts(value):
         raise ValueError(f"{key}={shown(value)} must be {rule}")
 

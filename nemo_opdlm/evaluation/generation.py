@@ -105,8 +105,15 @@ class Generator:
         prompts: Sequence[Tensor],
         config: GenerateConfig,
         on_progress: Callable[..., None] | None = None,
+        max_new_tokens: Tensor | None = None,
     ) -> Trajectory:
         """Responses to prompts, by the mode and sampling of ``config``.
+
+        Args:
+            prompts: token ids int64 ``[P]`` each.
+            config: what ``examples/generate.py`` takes.
+            on_progress: of the rollout (``diffusion.sampler.rollout``).
+            max_new_tokens: int64 ``[B]``, of each response; None = that of ``config``.
 
         Raises:
             ValueError: the sampling does not fit the model's block size.
@@ -123,7 +130,8 @@ class Generator:
             step=0,
         )
         prompt_ids, prompt_len = collate(prompts, self.tokens.pad_id)
-        limits = (self.context_len - prompt_len).clamp(max=config.max_new_tokens)
+        wanted = torch.full_like(prompt_len, config.max_new_tokens) if max_new_tokens is None else max_new_tokens
+        limits = torch.minimum(self.context_len - prompt_len, wanted)
         device = next(self.network.parameters()).device
         engine = RolloutEngine(
             self.network,
