@@ -22,10 +22,10 @@ def main() -> None:
     from nemo_opdlm.models.conversion import convert_nemo_to_hf
 
     try:
-        launch = convert_nemo_to_hf(args.input_name_or_path, args.hf_output_path, args.format, args.precision)
+        note = convert_nemo_to_hf(args.input_name_or_path, args.hf_output_path, args.format, args.precision)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(f"wrote {args.hf_output_path}\n{launch}")
+    sys.stdout.write(f"wrote {args.hf_output_path}\n{note}")
 
 
 if __name__ == "__main__":

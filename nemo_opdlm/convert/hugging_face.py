@@ -180,6 +180,7 @@ def megatron_to_hf(
     tokenizer_files: Mapping[str, bytes],
     output: str | Path,
     *,
+    block_size: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
@@ -191,6 +192,7 @@ def megatron_to_hf(
         origin: from the import.
         tokenizer_files: from the import.
         output: folder to create.
+        block_size: that a student was trained for, for those who read the folder again; None = not worth a word.
         dtype: type of the written weights; None keeps each tensor's own, which makes the round trip bit-exact.
         max_shard_size: bytes per weights file.
 
@@ -206,7 +208,7 @@ def megatron_to_hf(
         weights.stream(),
         weights.nbytes(),
         {
-            "config.json": config | origin.token_ids,
+            "config.json": config | origin.token_ids | ({} if block_size is None else {"block_size": block_size}),
             GENERATION_CONFIG: origin.generation_config or origin.token_ids,
             **tokenizer_files,
         },

@@ -37,6 +37,14 @@ lmdeploy serve api_server {path} --backend pytorch --trust-remote-code --dllm-bl
     --dllm-denoising-steps {block_size} --dllm-unmasking-strategy low_confidence_dynamic \\
     --dllm-confidence-threshold {threshold}
 """
+_SERVING = """\
+# Serving
+
+Block diffusion in blocks of {block_size} tokens, on the grid that training used. Run in this folder:
+
+```
+{launch}```
+"""
 
 
 def check_is_sdar(architecture: Architecture, origin: HfOrigin) -> None:
@@ -139,6 +147,7 @@ def megatron_to_sdar(
             "config.json": sdar_config(architecture, block_size),
             "configuration_sdar.py": _CONFIGURATION_SDAR,
             "dllm_algorithm.yaml": f"threshold: {threshold}\nblock_size: {block_size}\n",
+            "SERVING.md": _SERVING.format(block_size=block_size, launch=launch_lines(".", block_size, threshold)),
             GENERATION_CONFIG: generation,
             **readable_by_transformers_4(register_mask_token(tokenizer_files, origin.mask_token, QWEN3_MASK_ID)),
         },

@@ -44,6 +44,10 @@ from nemo_opdlm.models.foreign import (
 )
 from nemo_opdlm.models.precision import PRECISIONS
 
+_WITHOUT_MASK = (
+    "The row of {mask_token}, which the conversion had added, is not in it: the folder is for autoregressive use, the archive "
+    "for block diffusion.\n"
+)
 #: Keys of every tensor in an archive start with it.
 PREFIX = "model."
 
@@ -199,7 +203,7 @@ def open_model(path: str | Path) -> Iterator[tuple[StagedGPT, Archive]]:
 
 
 def convert_nemo_to_hf(source: str | Path, output: str | Path, output_format: str, precision: str | None = None) -> str:
-    """Write the Hugging Face folder of an archive; returns how to serve it (empty for ``hf``).
+    """Write the Hugging Face folder of an archive; returns what its user has to know: for ``sdar``, how to serve it.
 
     Args:
         source: archive, or an extracted one.
@@ -216,12 +220,13 @@ def convert_nemo_to_hf(source: str | Path, output: str | Path, output_format: st
         state = {name: value for name, value in model[0].state_dict().items() if not name.endswith("_extra_state")}
         dtype = PRECISIONS[precision] if precision else None
         files = tokenizer_files(archive)
+        block_size = int(archive.config["opdlm"]["block_size"])
         if output_format == "sdar":
             check_is_sdar(model.arch, origin)
-            block_size = int(archive.config["opdlm"]["block_size"])
             return megatron_to_sdar(state, model.arch, origin, files, output, block_size=block_size, dtype=dtype)
-        megatron_to_hf(state, model.arch, origin, files, output, dtype=dtype)
-        return ""
+        named_size = None if block_size == BLOCK_SIZE else block_size
+        megatron_to_hf(state, model.arch, origin, files, output, block_size=named_size, dtype=dtype)
+        return _WITHOUT_MASK.format(mask_token=origin.mask_token) if origin.added_rows else ""
 
 
 def tokenizer_files(archive: Archive) -> dict[str, bytes]:

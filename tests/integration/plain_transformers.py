@@ -7,11 +7,12 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def block_logits(model: PreTrainedModel, token_ids: Tensor, block_size: int) -> Tensor:
-    """Logits ``[L, V]`` of a row ``[L]`` in which every token sees its own block and the ones before it."""
+    """Logits ``[b, V]`` of the last block of a row ``[L]`` in which every token sees its own block and the ones before it."""
     blocks = torch.arange(len(token_ids)) // block_size
     may_attend = blocks[None, :] <= blocks[:, None]
     mask = torch.zeros(may_attend.shape).masked_fill(~may_attend, torch.finfo(torch.float32).min)
-    logits: Tensor = model(token_ids[None], attention_mask=mask[None, None]).logits[0].float()
+    output = model(token_ids[None], attention_mask=mask[None, None], logits_to_keep=block_size)
+    logits: Tensor = output.logits[0].float()
     return logits
 
 
@@ -21,7 +22,7 @@ def decode(model: PreTrainedModel, prompt: Tensor, block_size: int, mask_id: int
     for start in range(len(prompt) // block_size * block_size, len(row), block_size):
         block = row[start : start + block_size]
         while (block == mask_id).any():
-            logits = block_logits(model, row[: start + block_size], block_size)[start:]
+            logits = block_logits(model, row[: start + block_size], block_size)
             logits[:, mask_id] = float("-inf")
             confidence, token_ids = logits.softmax(-1).max(-1)
             confidence = confidence.masked_fill(block != mask_id, -1.0)

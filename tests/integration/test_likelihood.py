@@ -76,7 +76,7 @@ def written_out(model: PreTrainedModel, text: Text, block_size: int, mask_id: in
                     block = torch.full((block_size,), mask_id)
                     shown = [i for i in range(start, min(start + block_size, len(row))) if i not in masked]
                     block[torch.tensor(shown, dtype=torch.int64) - start] = row[shown]
-                    logits = block_logits(model, torch.cat([row[:start], block]), block_size)[start:]
+                    logits = block_logits(model, torch.cat([row[:start], block]), block_size)
                     logits[:, mask_id] = float("-inf")
                     seen[masked] = logits.log_softmax(-1)
                 total += float(seen[masked][position - start, row[position]]) / len(orders)
