@@ -125,13 +125,18 @@ def encode_rows(
     templated: bool,
     enable_thinking: bool = False,
     domain_suffixes: Mapping[str, str] | None = None,
+    openings: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each row, through the chat template or as raw text. Raises ValueError naming a row it cannot encode."""
+    """Token ids of each row, through the chat template or as raw text. Raises ValueError naming a row it cannot encode.
+
+    `openings`, one for each row, are what the answers begin with already.
+    """
     suffixes = [(domain_suffixes or {}).get(row.domain or "", "") for row in rows]
     if templated:
         texts = [_render(row, suffix, tokenizer, enable_thinking) for row, suffix in zip(rows, suffixes, strict=True)]
     else:
         texts = [_raw_text(row) + suffix for row, suffix in zip(rows, suffixes, strict=True)]
+    texts = [text + opening for text, opening in zip(texts, openings or [""] * len(texts), strict=True)]
     return _tokenize(texts, tokenizer, templated)
 
 

@@ -58,14 +58,18 @@ def read_rows(path: str | Path) -> list[PromptRow]:
     if path.is_dir() or path.suffix not in _EXTENSIONS:
         kind = "is a folder" if path.is_dir() else f"has the extension {path.suffix!r}"
         raise ValueError(f"prompt file {path} {kind}; expected a file ending in {' or '.join(_EXTENSIONS)}")
-    objects = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    objects = read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
     rows = [_parse_row(where, number, fields) for where, number, fields in objects]
     if not rows:
         raise ValueError(f"prompt file {path} holds no rows")
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """Where each line stands (`file:line`), its number from 1 and its value; empty lines are passed over.
+
+    Raises ValueError for a line that is no UTF-8 or no JSON.
+    """
     # Bytes, not text: a decoding error must name its line, and only "\n" may end one (str.splitlines has eight others).
     try:
         file = path.open("rb")

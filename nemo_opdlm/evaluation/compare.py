@@ -9,10 +9,8 @@ from torch import Tensor
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
-from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
-from nemo_opdlm.evaluation.decoding import judge, repeated_ngrams
-from nemo_opdlm.models.heldout import HeldoutSet
+from nemo_opdlm.evaluation.decoding import divergences, judge, repeated_ngrams
 from nemo_opdlm.models.opdlm_model import OPDLMModel
 from nemo_opdlm.models.settings import HELDOUT_SAMPLING, HELDOUT_SEED
 
@@ -49,16 +47,9 @@ def compare(model: OPDLMModel, on_progress: OnProgress | None = None) -> Compari
     teacher, batch_size = model.teacher, model.config.data.validation_ds.num_samples
     assert teacher is not None
     sampled = respond(model, HELDOUT_SAMPLING, on_progress)
-    states = select_states(
-        "one_state_per_block", sampled, model.method.mask_token_id, num_states=1, seed=HELDOUT_SEED, step=0
-    )
     greedy = respond(model, GREEDY, on_progress)
-    figures = {
-        "heldout_kl": model.heldout.divergence(model.model, batch_size),
-        "kl": HeldoutSet.of(teacher, sampled, states).divergence(model.model, batch_size),
-        **judge(teacher, greedy).as_dict(),
-    }
-    return Comparison(figures, greedy)
+    on_states = divergences(teacher, model.model, model.heldout, sampled, model.method.mask_token_id, batch_size)
+    return Comparison({**on_states, **judge(teacher, greedy).as_dict()}, greedy)
 
 
 def respond(model: OPDLMModel, sampling: SamplingParams, on_progress: OnProgress | None = None) -> Trajectory:

@@ -5,10 +5,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, TokenTarget
 from nemo_opdlm.megatron.head import token_losses
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
+from nemo_opdlm.models.heldout import HeldoutSet
+from nemo_opdlm.models.settings import HELDOUT_SEED
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ def judge(teacher: Teacher, trajectory: Trajectory) -> DecodingReport:
         tokens_per_forward=num_tokens / int(trajectory.num_forwards.sum()),
         response_len=num_tokens / len(trajectory),
     )
+
+
+def divergences(
+    teacher: Teacher, student: StagedGPT, heldout: HeldoutSet, sampled: Trajectory, mask_token_id: int, batch_size: int
+) -> dict[str, float]:
+    """``heldout_kl`` and ``kl``: on the fixed states, and on those that the student's sampled responses visited."""
+    states = select_states("one_state_per_block", sampled, mask_token_id, num_states=1, seed=HELDOUT_SEED, step=0)
+    return {
+        "heldout_kl": heldout.divergence(student, batch_size),
+        "kl": HeldoutSet.of(teacher, sampled, states).divergence(student, batch_size),
+    }
 
 
 def repeated_ngrams(trajectory: Trajectory, length: int) -> float:

@@ -88,14 +88,16 @@ class Generator:
             added_rows = int(origin.get("added_rows") or 0)
             return Generator(network, tokenizer, tokens, int(opdlm["block_size"]), added_rows)
 
-    def encode(self, rows: Sequence[PromptRow], chat_template: bool | str = "auto") -> list[Tensor]:
-        """Token ids int64 ``[P]`` of each prompt, as training encodes them.
+    def encode(
+        self, rows: Sequence[PromptRow], chat_template: bool | str = "auto", openings: Sequence[str] | None = None
+    ) -> list[Tensor]:
+        """Token ids int64 ``[P]`` of each prompt, as training encodes them, and what its answer begins with already.
 
         Raises:
             ValueError: a prompt has no tokens, holds the mask token or fills the context; one line naming it.
         """
         templated = resolve_chat_template(chat_template, self.tokenizer)
-        prompts = encode_rows(rows, self.tokenizer, templated=templated)
+        prompts = encode_rows(rows, self.tokenizer, templated=templated, openings=openings)
         for row, ids in zip(rows, prompts, strict=True):
             self._check_prompt(row, ids)
         return [torch.tensor(ids) for ids in prompts]
@@ -118,27 +120,12 @@ class Generator:
         Raises:
             ValueError: the sampling does not fit the model's block size.
         """
-        block_size = config.block_size or self.block_size
-        check_denoising_steps(config.denoising_steps, block_size)
-        settings = RolloutSettings(
-            block_size=block_size,
-            denoising_steps=config.denoising_steps or block_size,
-            remasking=RemaskingParams(_REMASKING[config.mode], config.threshold),
-            mask_token_id=self.tokens.mask_token_id,
-            end_token_ids=self.tokens.end_token_ids,
-            seed=config.seed,
-            step=0,
-        )
+        settings = self.rollout_settings(config)
         prompt_ids, prompt_len = collate(prompts, self.tokens.pad_id)
         wanted = torch.full_like(prompt_len, config.max_new_tokens) if max_new_tokens is None else max_new_tokens
         limits = torch.minimum(self.context_len - prompt_len, wanted)
+        engine = self.engine(SamplingParams(config.temperature, config.top_k, config.top_p), config.batch_size)
         device = next(self.network.parameters()).device
-        engine = RolloutEngine(
-            self.network,
-            SamplingParams(config.temperature, config.top_k, config.top_p),
-            self.tokens.forbidden.to(device),
-            config.batch_size,
-        )
         from_left_to_right = {
             "autoregressive": engine.generate_autoregressive,
             "speculative": engine.generate_speculative,
@@ -147,12 +134,44 @@ class Generator:
         arguments = (prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
         return decode(*(tensor.to(device) for tensor in arguments), settings, on_progress)
 
+    def rollout_settings(self, config: GenerateConfig) -> RolloutSettings:
+        """How a configuration decodes.
+
+        Raises:
+            ValueError: it does not fit the model's block size.
+        """
+        block_size = config.block_size or self.block_size
+        check_denoising_steps(config.denoising_steps, block_size)
+        return RolloutSettings(
+            block_size=block_size,
+            denoising_steps=config.denoising_steps or block_size,
+            remasking=RemaskingParams(_REMASKING[config.mode], config.threshold),
+            mask_token_id=self.tokens.mask_token_id,
+            end_token_ids=self.tokens.end_token_ids,
+            seed=config.seed,
+            step=0,
+        )
+
+    def engine(self, sampling: SamplingParams, batch_size: int) -> RolloutEngine:
+        """Decodes with the network."""
+        device = next(self.network.parameters()).device
+        return RolloutEngine(self.network, sampling, self.tokens.forbidden.to(device), batch_size)
+
     def texts(self, trajectory: Trajectory) -> list[str]:
         """The responses as text, without special tokens."""
         return [
             self.tokenizer.decode(row[mask], skip_special_tokens=True)
             for row, mask in zip(trajectory.token_ids, trajectory.is_response, strict=True)
         ]
+
+    def continuations(self, trajectory: Trajectory) -> list[str]:
+        """The responses as they go on behind their prompts: some tokenizers drop a space at the beginning of a text."""
+        ends = trajectory.prompt_len + trajectory.response_len
+        texts = []
+        for row, start, end in zip(trajectory.token_ids, trajectory.prompt_len.tolist(), ends.tolist(), strict=True):
+            prompt, whole = (self.tokenizer.decode(row[:stop], skip_special_tokens=True) for stop in (start, end))
+            texts.append(whole.removeprefix(prompt))
+        return texts
 
     def pieces(self, token_ids: Tensor) -> list[str]:
         """The text of each token by itself."""

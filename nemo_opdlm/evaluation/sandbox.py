@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_opdlm.config.evaluate import SandboxConfig
+
 _INSIDE = Path(__file__).with_name("sandboxed.py")
 _MAX_ANSWER = 1 << 16
 _STARTUP_S = 2.0  # of the interpreter, before the program's own time
@@ -60,8 +62,8 @@ class Sandbox:
         watch: end it at the first forbidden act; only tests of the layers beneath do without.
     """
 
-    timeout_s: float = 3.0
-    memory_mib: int = 512
+    timeout_s: float = SandboxConfig.timeout_s
+    memory_mib: int = SandboxConfig.memory_mib
     watch: bool = True
 
     def run(self, program: str) -> Outcome:

@@ -13,6 +13,8 @@ from nemo_opdlm.evaluation.decoding import responses
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.evaluation.likelihood import LogLikelihood, Text, causal_log_likelihood, diffusion_log_likelihood
 
+#: What is told of a rollout (``diffusion.sampler.rollout``).
+OnProgress = Callable[..., None]
 _FROM_LEFT_TO_RIGHT = ("autoregressive", "speculative")
 
 
@@ -57,7 +59,7 @@ class Scorer:
         prompts: Sequence[Tensor],
         config: GenerateConfig | None = None,
         max_new_tokens: Tensor | None = None,
-        on_progress: Callable[..., None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Trajectory:
         """Responses to prompts; ``config`` may change the sampling, ``max_new_tokens [B]`` each response's limit."""
         return self.generator.generate(prompts, config or self.config, on_progress, max_new_tokens)

@@ -90,7 +90,17 @@ class Teacher:
     ) -> None:
         # Frozen weights need no fp32 master copy: what autocast would cast for every pass is held in that dtype.
         held = replace(options, params_dtype=options.autocast_dtype or options.params_dtype, autocast_dtype=None)
-        self.network: StagedGPT = build_model(arch, parallel, AttentionRule.CAUSAL, held)
+        self._hold(build_model(arch, parallel, AttentionRule.CAUSAL, held), micro_batch_size, pack_to_tokens)
+
+    @classmethod
+    def around(cls, network: StagedGPT, micro_batch_size: int) -> "Teacher":
+        """The teacher that a network with the causal rule is, with the weights it holds; it is frozen."""
+        teacher = cls.__new__(cls)
+        teacher._hold(network, micro_batch_size, None)
+        return teacher
+
+    def _hold(self, network: StagedGPT, micro_batch_size: int, pack_to_tokens: int | None) -> None:
+        self.network: StagedGPT = network
         self.network.eval().requires_grad_(False)
         self.head = LMHead(self.network)
         self.micro_batch_size = micro_batch_size

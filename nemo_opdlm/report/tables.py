@@ -1,6 +1,7 @@
 """A student before and after training, as a table for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -36,3 +37,38 @@ def before_after(
         better = figure.better or "like teacher"
         table.add_row(figure.title, *values, better, style="bold" if figure.name == "heldout_kl" else "")
     return table
+
+
+def side_by_side(columns: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One column for each model and mode, one row for each figure that any of them has.
+
+    Args:
+        columns: with `model`, `mode`, `figures` (``figures.FIGURES``) and `tasks` (name -> result) each.
+        title: heading.
+    """
+    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(f"{column['model']}\n{column['mode']}", justify="right")
+    for figure in FIGURES:
+        values = [column["figures"].get(figure.name) for column in columns]
+        if any(value is not None for value in values):
+            table.add_row(figure.title, *(_number(value, figure.digits) for value in values))
+    for name in columns[0]["tasks"]:
+        table.add_section()
+        _add_task(table, name, [column["tasks"][name] for column in columns])
+    return table
+
+
+def _add_task(table: Table, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    first = results[0]
+    scores = [f"{_number(result['value'], 3)} ± {_number(result['standard_error'], 3)}" for result in results]
+    table.add_row(f"{name}: {first['metric']}, {first['num_questions']} questions", *scores, style="bold")
+    for detail in first["details"]:
+        table.add_row(f"{name}: {detail}", *(_number(result["details"].get(detail), 3) for result in results))
+    if first["tokens_per_forward"] is not None:
+        table.add_row(f"{name}: tokens per forward", *(_number(result["tokens_per_forward"], 2) for result in results))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
