@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from importlib import resources
 
 _DATA = "data/HumanEval.jsonl.gz"
-#: Where a completion ends: what follows is no part of the function.
+#: Where a completion of raw text ends: what follows is no part of the function.
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint", "\nassert ", "\n```")
-_ASK = "Complete this Python function. Answer with code only.\n\n```python\n{prompt}```"
-#: What the answer to it opens with, as in EvalPlus.
-_OPENING = "```python\n{prompt}"
+#: What a chat model's answer opens with, as in EvalPlus; and what closes it.
+OPENING, FENCE = "```python\n", "```"
+_ASK = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,20 @@ class Problem:
         """What a chat model is asked."""
         return _ASK.format(prompt=self.prompt)
 
-    @property
-    def opening(self) -> str:
-        """What its answer opens with."""
-        return _OPENING.format(prompt=self.prompt)
+    def program(self, written: str, *, is_answer: bool) -> str:
+        """The function and its tests; raises where one fails.
 
-    def program(self, completion: str) -> str:
-        """The function completed, and its tests; raises where one fails."""
-        return f"{self.prompt}{function_body(completion)}\n{self.test}\ncheck({self.entry_point})\n"
+        Args:
+            written: the model's text behind the prompt, or behind `OPENING`.
+            is_answer: a chat model's answer, which holds the whole function; else a completion of the prompt.
+        """
+        completed = self._before_function + written.partition(FENCE)[0] if is_answer else self.prompt + function_body(written)
+        return f"{completed}\n{self.test}\ncheck({self.entry_point})\n"
+
+    @property
+    def _before_function(self) -> str:
+        """Imports, and functions that the one to complete is about."""
+        return self.prompt.rpartition(f"def {self.entry_point}(")[0]
 
 
 def problems() -> list[Problem]:

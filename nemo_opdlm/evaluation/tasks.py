@@ -8,7 +8,7 @@ from typing import Any
 from nemo_opdlm.data.prompts import resolve_chat_template
 from nemo_opdlm.data.rows import PromptRow
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
-from nemo_opdlm.evaluation.human_eval import Problem
+from nemo_opdlm.evaluation.human_eval import OPENING, Problem
 from nemo_opdlm.evaluation.likelihood import Text
 from nemo_opdlm.evaluation.questions import ChoiceQuestion, OpenQuestion
 from nemo_opdlm.evaluation.sandbox import Sandbox
@@ -87,14 +87,14 @@ def is_right(written: str, expected: str) -> bool:
 def complete(
     scorer: Scorer, problems: Sequence[Problem], sandbox: Sandbox, on_progress: OnProgress | None = None
 ) -> TaskResult:
-    """Complete each function and run its tests in the sandbox; `pass@1` of one greedy completion."""
+    """Complete each function, a chat model by an answer, and run its tests in the sandbox; `pass@1` of one greedy try."""
     generator = scorer.generator
     templated = resolve_chat_template(scorer.config.chat_template, generator.tokenizer)
     rows = [_row(problem.request if templated else problem.prompt) for problem in problems]
-    openings = [problem.opening for problem in problems] if templated else None
+    openings = [OPENING] * len(problems) if templated else None
     trajectory = scorer.write(generator.encode(rows, templated, openings), on_progress=on_progress)
-    completions = generator.continuations(trajectory)
-    programs = [problem.program(text) for problem, text in zip(problems, completions, strict=True)]
+    texts = generator.continuations(trajectory)
+    programs = [problem.program(text, is_answer=templated) for problem, text in zip(problems, texts, strict=True)]
     outcomes = sandbox.run_all(programs)
     details = {
         name: sum(outcome.reason.startswith(reason) for outcome in outcomes) / len(outcomes)
