@@ -118,7 +118,9 @@ def _check_work(config: EvaluateConfig) -> None:
     if not config.tasks and config.validation_ds.file_path is None:
         raise ValueError("nothing to do: give tasks or validation_ds.file_path")
     if config.validation_ds.file_path is not None and config.model.kd_teacher_restore_from_path is None:
-        raise ValueError("validation_ds.file_path needs model.kd_teacher_restore_from_path, the AR original that judges")
+        raise ValueError(
+            "validation_ds.file_path needs model.kd_teacher_restore_from_path, the AR original that judges"
+        )
     if HUMAN_EVAL in config.tasks and not config.confirm_run_unsafe_code:
         raise ValueError(
             f"tasks={list(config.tasks)} runs programs that a model has written: read what the sandbox contains and what not "

@@ -133,7 +133,9 @@ def _all_sets(is_judged: Tensor) -> tuple[Tensor, Tensor]:
     sizes = sets.sum(-1)[:, None].expand(fits.shape)
     num_judged = is_judged.sum(-1)[:, None].expand(fits.shape)
     # Of n judged tokens, comb(n, size) sets of this size, each with that many tokens, share the weight 1.
-    table = [[1 / (k * comb(n, k)) if 1 <= k <= n else 0.0 for k in range(block_size + 1)] for n in range(block_size + 1)]
+    table = [
+        [1 / (k * comb(n, k)) if 1 <= k <= n else 0.0 for k in range(block_size + 1)] for n in range(block_size + 1)
+    ]
     weight = torch.tensor(table, device=is_judged.device)[num_judged, sizes]
     return sets[None, :, None] & fits[..., None], weight * fits
 

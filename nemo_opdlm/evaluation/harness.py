@@ -12,6 +12,7 @@ The results' ``config`` says which, with the bound's standard error where its st
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -152,7 +153,7 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Responses up to the first of a task's stop strings."""
+        """Responses up to the first of a task's stop strings; each is written to its end or limit before it is cut."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
@@ -217,7 +218,10 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
             self._errors.append(likelihood.standard_error)
             error = likelihood.standard_error
             _logger.info(
-                "%s: standard error %.3g nats on average, %.3g at most", self.scorer.likelihood, error.mean(), error.max()
+                "%s: standard error %.3g nats on average, %.3g at most",
+                self.scorer.likelihood,
+                error.mean(),
+                error.max(),
             )
 
     def _generate(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
@@ -246,10 +250,13 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
 
 
 def main() -> None:
-    """The harness's command line."""
+    """The harness's command line; a mistake is one line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class Problem:
             written: the model's text behind the prompt, or behind `OPENING`.
             is_answer: a chat model's answer, which holds the whole function; else a completion of the prompt.
         """
-        completed = self._before_function + written.partition(FENCE)[0] if is_answer else self.prompt + function_body(written)
+        completed = (
+            self._before_function + written.partition(FENCE)[0] if is_answer else self.prompt + function_body(written)
+        )
         return f"{completed}\n{self.test}\ncheck({self.entry_point})\n"
 
     @property

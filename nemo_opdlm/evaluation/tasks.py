@@ -49,7 +49,9 @@ def choose(scorer: Scorer, questions: Sequence[ChoiceQuestion]) -> TaskResult:
     asked = [_ASK.format(question=question.text) for question in questions for _ in question.choices]
     answers = [choice for question in questions for choice in question.choices]
     given = scorer.generator.encode([_row(text) for text in asked], False)
-    whole = scorer.generator.encode([_row(f"{text} {choice}") for text, choice in zip(asked, answers, strict=True)], False)
+    whole = scorer.generator.encode(
+        [_row(f"{text} {choice}") for text, choice in zip(asked, answers, strict=True)], False
+    )
     texts = [Text(start, ids[len(start) :], i) for i, (start, ids) in enumerate(zip(given, whole, strict=True))]
     likelihood = scorer.log_likelihood(texts)
     totals = likelihood.total.split([len(question.choices) for question in questions])
@@ -124,4 +126,3 @@ def _plain(text: str) -> str:
 
 def _number(text: str) -> float:
     return float(text.replace(",", ""))
-

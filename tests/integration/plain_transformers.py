@@ -16,7 +16,9 @@ def block_logits(model: PreTrainedModel, token_ids: Tensor, block_size: int) -> 
     return logits
 
 
-def decode(model: PreTrainedModel, prompt: Tensor, block_size: int, mask_id: int, length: int, threshold: float) -> Tensor:
+def decode(
+    model: PreTrainedModel, prompt: Tensor, block_size: int, mask_id: int, length: int, threshold: float
+) -> Tensor:
     """``length`` greedy tokens behind ``prompt [P]``: each forward reveals what is above ``threshold``, at least one."""
     row = torch.cat([prompt, torch.full((length + -(len(prompt) + length) % block_size,), mask_id)])
     for start in range(len(prompt) // block_size * block_size, len(row), block_size):

@@ -141,7 +141,9 @@ def test_an_exported_folder_is_judged_as_its_archive(archive: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("block_size", [4, 8])
-def test_block_diffusion_is_judged_by_its_bound_with_its_error(evaluate: Evaluate, archive: Path, block_size: int) -> None:
+def test_block_diffusion_is_judged_by_its_bound_with_its_error(
+    evaluate: Evaluate, archive: Path, block_size: int
+) -> None:
     results = evaluate("nemo_opdlm", pretrained=str(archive), mode="dynamic", block_size=block_size, threshold=0.3)
     config = results["config"]
     assert config["mode"] == "dynamic" and config["block_size"] == block_size
@@ -181,7 +183,10 @@ def _instance(*arguments: Any) -> Instance:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"threshold": 2.0}, "threshold=2.0 must be"), ({"mode": "static", "num_samples": 1, "block_size": 8}, "num_samples=1")],
+    [
+        ({"threshold": 2.0}, "threshold=2.0 must be"),
+        ({"mode": "static", "num_samples": 1, "block_size": 8}, "num_samples=1"),
+    ],
 )
 def test_settings_out_of_range_are_refused(archive: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -189,7 +194,11 @@ def test_settings_out_of_range_are_refused(archive: Path, settings: dict[str, An
 
 
 def test_the_command_line_finds_the_model(
-    archive: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    archive: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from lm_eval import evaluator, tasks
 
@@ -205,3 +214,8 @@ def test_the_command_line_finds_the_model(
     assert "|choose|" in capsys.readouterr().out
     (file,) = tmp_path.glob("results*.json")
     assert json.loads(file.read_text())["config"]["mode"] == "dynamic"
+    monkeypatch.setattr(
+        "sys.argv", ["lm_eval", "--model", "nemo_opdlm", "--model_args", "pretrained=nowhere.nemo", *options]
+    )
+    with pytest.raises(SystemExit, match="error: No tasks specified"):
+        harness.main()

@@ -32,7 +32,10 @@ def test_defaults_are_those_of_generate(given: list[str]) -> None:
     [
         (["tasks=[humaneval]"], "set confirm_run_unsafe_code=true"),
         (["tasks=[]"], "nothing to do: give tasks or validation_ds.file_path"),
-        (["tasks=[nowhere.jsonl]"], "tasks[0]='nowhere.jsonl' does not exist; the only task that is no file is humaneval"),
+        (
+            ["tasks=[nowhere.jsonl]"],
+            "tasks[0]='nowhere.jsonl' does not exist; the only task that is no file is humaneval",
+        ),
         (["modes=[]"], "modes=() must be different modes, at least one"),
         (["modes=[static,static]"], "must be different modes"),
         (["modes=[quick]"], "modes"),
@@ -56,7 +59,9 @@ def test_held_out_prompts_need_the_original(given: list[str], tmp_path: Path) ->
     prompts = f"validation_ds.file_path={tmp_path}/prompts.jsonl"
     with pytest.raises(ValueError, match="needs model.kd_teacher_restore_from_path"):
         read(*given, prompts)
-    assert read(*given, prompts, f"model.kd_teacher_restore_from_path={tmp_path}/ar.nemo").validation_ds.num_samples == 32
+    assert (
+        read(*given, prompts, f"model.kd_teacher_restore_from_path={tmp_path}/ar.nemo").validation_ds.num_samples == 32
+    )
 
 
 def test_programs_run_where_the_user_has_said_so(given: list[str]) -> None:

@@ -44,7 +44,9 @@ def test_a_function_without_a_body_passes_nothing(all_problems: list[Problem]) -
     assert not any(outcome.passed for outcome in outcomes)
 
 
-@pytest.mark.parametrize("stop", ["\nclass A:", "\ndef g():", "\n# so", "\nif __name__ == 1:", "\nprint(f(1))", "\n```"])
+@pytest.mark.parametrize(
+    "stop", ["\nclass A:", "\ndef g():", "\n# so", "\nif __name__ == 1:", "\nprint(f(1))", "\n```"]
+)
 def test_a_completion_ends_where_the_function_does(stop: str) -> None:
     body = "    if x:\n        return 1\n    # a comment\n    return 2"
     assert function_body(f"{body}{stop}\n    more") == body

@@ -22,7 +22,14 @@ def test_the_examples_are_read() -> None:
     assert len(choices) == 8 and choices[0] == ChoiceQuestion(
         "Which of these is an animal?", ("a stone", "a horse", "a spoon", "a cloud"), 1
     )
-    assert [question.answer for question in sums if isinstance(question, OpenQuestion)] == ["7", "60", "4", "42", "2", "36"]
+    assert [question.answer for question in sums if isinstance(question, OpenQuestion)] == [
+        "7",
+        "60",
+        "4",
+        "42",
+        "2",
+        "36",
+    ]
 
 
 def test_arcs_own_rows_are_read(tmp_path: Path) -> None:
@@ -40,7 +47,10 @@ def test_arcs_own_rows_are_read(tmp_path: Path) -> None:
         ([{"question": "Q?", "choices": ["x"], "answer": 0}], "'choices' must be at least two texts"),
         ([{"question": "Q?", "choices": ["x", " "], "answer": 0}], "'choices' must be at least two texts"),
         ([{"question": "Q?", "choices": ["x", "y"], "answer": 2}], "the answer must be one of the 2 choices, got 2"),
-        ([{"question": "Q?", "choices": ["x", "y"], "answer": True}], "the answer must be one of the 2 choices, got True"),
+        (
+            [{"question": "Q?", "choices": ["x", "y"], "answer": True}],
+            "the answer must be one of the 2 choices, got True",
+        ),
         ([{"question": "Q?", "choices": "xy", "answer": 0}], "'choices' must be a list of texts"),
         ([{"question": "Q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "C"}], "'answerKey' 'C' must be"),
         (

@@ -24,7 +24,9 @@ def layers() -> list[str]:
 
 
 def test_a_program_that_ends_has_passed() -> None:
-    program = "import dataclasses, hashlib, math, typing\n@dataclasses.dataclass\nclass A:\n    x: int = 1\nassert A().x == 1"
+    program = (
+        "import dataclasses, hashlib, math, typing\n@dataclasses.dataclass\nclass A:\n    x: int = 1\nassert A().x == 1"
+    )
     assert SANDBOX.run(program) == Outcome(True, "passed")
 
 
@@ -68,7 +70,9 @@ def test_no_process_is_started_even_where_the_error_is_hidden(program: str) -> N
 def test_the_limit_on_processes_holds_by_itself() -> None:
     for program in (FORK_BOMB, "import threading; threading.Thread(target=print).start()"):
         outcome = UNWATCHED.run(program)
-        assert not outcome.passed and outcome.reason.startswith(("BlockingIOError", "RuntimeError: can't start new thread"))
+        assert not outcome.passed and outcome.reason.startswith(
+            ("BlockingIOError", "RuntimeError: can't start new thread")
+        )
 
 
 def _destructive(victim: Path) -> list[str]:
