@@ -61,11 +61,21 @@ class Scorer:
         max_new_tokens: Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Trajectory:
-        """Responses to prompts; ``config`` may change the sampling, ``max_new_tokens [B]`` each response's limit."""
+        """Responses to prompts; ``config`` may change the sampling, ``max_new_tokens [B]`` each response's limit.
+
+        Raises:
+            ValueError: a prompt holds the mask token, which block diffusion would fill.
+        """
+        self._check_masks(prompts)
         return self.generator.generate(prompts, config or self.config, on_progress, max_new_tokens)
 
     def log_likelihood(self, texts: Sequence[Text]) -> LogLikelihood:
-        """ln p(judged | given) of each text, or the bound on it."""
+        """ln p(judged | given) of each text, or the bound on it.
+
+        Raises:
+            ValueError: a text holds the mask token, which block diffusion would judge as such.
+        """
+        self._check_masks([part for text in texts for part in (text.given, text.judged)])
         if self.is_causal:
             return causal_log_likelihood(self.generator, texts, self.config.batch_size)[0]
         return diffusion_log_likelihood(
@@ -82,6 +92,14 @@ class Scorer:
         if self.is_causal:
             return causal_log_likelihood(self.generator, texts, self.config.batch_size)
         return self.log_likelihood(texts), self._would_write(texts)
+
+    def _check_masks(self, rows: Sequence[Tensor]) -> None:
+        tokens = self.generator.tokens
+        if not self.is_causal and any(bool((row == tokens.mask_token_id).any()) for row in rows):
+            name = self.generator.tokenizer.decode([tokens.mask_token_id])
+            raise ValueError(
+                f"a text contains the mask token {name!r}, which has another meaning in mode={self.config.mode}"
+            )
 
     def _would_write(self, texts: Sequence[Text]) -> Tensor:
         """By decoding, once for each of the contexts: many texts of a task share theirs."""

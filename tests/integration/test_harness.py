@@ -177,6 +177,17 @@ def test_long_texts_are_cut_to_the_context(archive: Path) -> None:
         model.generate_until([_instance(text, {"max_gen_toks": 128})])
 
 
+def test_a_mask_token_in_a_text_is_refused_where_it_would_be_filled(archive: Path) -> None:
+    model, causal = (OPDLMEvalModel(str(archive), mode=mode) for mode in ("dynamic", "autoregressive"))
+    with pytest.raises(
+        ValueError, match="a text contains the mask token '<bos>', which has another meaning in mode=dynamic"
+    ):
+        model.loglikelihood([_instance("Alice", " was <bos>")])
+    with pytest.raises(ValueError, match="a text contains the mask token"):
+        model.generate_until([_instance("Alice <bos>", {"max_gen_toks": 4})])
+    assert math.isfinite(causal.loglikelihood([_instance("Alice", " was <bos>")])[0][0])
+
+
 def _instance(*arguments: Any) -> Instance:
     return Instance("loglikelihood", {}, arguments, 0)
 

@@ -54,6 +54,7 @@ def test_the_pins_satisfy_the_requirements() -> None:
     own = (
         PROJECT["dependencies"]
         + PROJECT["optional-dependencies"]["quickstart"]
+        + PROJECT["optional-dependencies"]["eval"]
         + PROJECT["optional-dependencies"]["dev"]
     )
     for requirement in map(Requirement, own):
