@@ -46,7 +46,8 @@ class EvaluateConfig:
     Attributes:
         model: the models.
         modes: ways in which the student decodes, a column each: `dynamic`, `static`, `autoregressive`, `speculative`.
-        tasks: `humaneval`, or jsonl files of questions: with `choices` as in ARC, else with a final `answer` as in GSM8K.
+        tasks: `humaneval`, or jsonl files of questions: with `choices` as in ARC, else with a final `answer` as in GSM8K; a
+            file is called by its name without folder and ending.
         num_questions: of each task, the first so many; null = all.
         validation_ds: prompts of the measures that need no answers, as for training; they need the AR original.
         chat_template: apply the tokenizer's to questions and programs; "auto" = if it has one.
@@ -90,6 +91,11 @@ class EvaluateConfig:
         )
 
 
+def task_name(task: str) -> str:
+    """What a task is called in tables."""
+    return Path(task).stem
+
+
 def validate_evaluate(config: EvaluateConfig) -> EvaluateConfig:
     """Check a configuration before anything is loaded.
 
@@ -121,6 +127,8 @@ def _check_work(config: EvaluateConfig) -> None:
         raise ValueError(
             "validation_ds.file_path needs model.kd_teacher_restore_from_path, the AR original that judges"
         )
+    names = [task_name(task) for task in config.tasks]
+    check_range("tasks", list(config.tasks), lambda _: len(set(names)) == len(names), f"tasks of different names, not {names}")
     if HUMAN_EVAL in config.tasks and not config.confirm_run_unsafe_code:
         raise ValueError(
             f"tasks={list(config.tasks)} runs programs that a model has written: read what the sandbox contains and what not "

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from nemo_opdlm.config.evaluate import HUMAN_EVAL, EvaluateConfig
+from nemo_opdlm.config.evaluate import HUMAN_EVAL, EvaluateConfig, task_name
 from nemo_opdlm.evaluation import tasks
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.evaluation.human_eval import Problem, problems
@@ -70,7 +69,7 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> SideBySide:
     Raises:
         ValueError, OSError: a model, a prompt or a task is refused, before anything is measured where possible; one line.
     """
-    questions = {_name(task): _questions(task, config.num_questions) for task in config.tasks}
+    questions = {task_name(task): _questions(task, config.num_questions) for task in config.tasks}
     sandbox = Sandbox(config.sandbox.timeout_s, config.sandbox.memory_mib)
     layers = sandbox.layers() if HUMAN_EVAL in config.tasks else []
     student = Generator.load(str(config.model.restore_from_path))
@@ -83,10 +82,6 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> SideBySide:
         _column(name, scorer, heldout, questions, sandbox, bar) for name, scorer in _scorers(config, original, student)
     ]
     return SideBySide(columns, layers, heldout.heldout.checksum if heldout else None)
-
-
-def _name(task: str) -> str:
-    return task if task == HUMAN_EVAL else Path(task).stem
 
 
 def _questions(task: str, limit: int | None) -> Questions:

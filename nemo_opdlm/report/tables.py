@@ -64,7 +64,8 @@ def _add_task(table: Table, name: str, results: Sequence[Mapping[str, Any]]) -> 
     first = results[0]
     scores = [f"{_number(result['value'], 3)} ± {_number(result['standard_error'], 3)}" for result in results]
     table.add_row(f"{name}: {first['metric']}, {first['num_questions']} questions", *scores, style="bold")
-    for detail in first["details"]:
+    # Not all have all: an error of likelihoods, for one, only those whose states were drawn.
+    for detail in dict.fromkeys(detail for result in results for detail in result["details"]):
         table.add_row(f"{name}: {detail}", *(_number(result["details"].get(detail), 3) for result in results))
     if first["tokens_per_forward"] is not None:
         table.add_row(f"{name}: tokens per forward", *(_number(result["tokens_per_forward"], 2) for result in results))

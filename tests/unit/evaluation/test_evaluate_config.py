@@ -36,6 +36,7 @@ def test_defaults_are_those_of_generate(given: list[str]) -> None:
             ["tasks=[nowhere.jsonl]"],
             "tasks[0]='nowhere.jsonl' does not exist; the only task that is no file is humaneval",
         ),
+        (["tasks=[a/arc.jsonl,b/arc.jsonl]"], "must be tasks of different names, not ['arc', 'arc']"),
         (["modes=[]"], "modes=() must be different modes, at least one"),
         (["modes=[static,static]"], "must be different modes"),
         (["modes=[quick]"], "modes"),
