@@ -51,13 +51,14 @@ class _Ruleset(ctypes.Structure):
 def main() -> None:
     """Read ``{"program", "cpu_s", "memory_bytes", "watch"}``, confine this process, run the program and answer."""
     job = json.loads(sys.stdin.buffer.read())
-    answer = _only_way_out()
+    ready, answer = _only_way_out()
     layers = _confine(int(job["cpu_s"]), int(job["memory_bytes"]))
     if job["watch"]:
         _watch(answer)
         layers.append("audit hook")
     module = types.ModuleType("program")
     sys.modules["program"] = module
+    ready()
     try:
         exec(compile(job["program"], "<program>", "exec"), module.__dict__)
     except BaseException as error:  # SystemExit too: a program that leaves early has not passed its tests
@@ -65,19 +66,22 @@ def main() -> None:
     answer(passed=True, reason="passed", layers=layers)
 
 
-def _only_way_out() -> Answer:
-    """Cut off the standard streams; what is returned sends the answer and ends the process."""
+def _only_way_out() -> tuple[Callable[[], None], Answer]:
+    """Cut off the standard streams; what is returned says that the program begins, and sends the answer and ends the process."""
     # Bound here: the program may replace names of modules.
     write, leave, dumps, channel = os.write, os._exit, json.dumps, os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
 
+    def ready() -> None:
+        write(channel, b" ")  # which JSON passes over
+
     def answer(**values: Any) -> None:
         write(channel, dumps(values).encode())
         leave(0)
 
-    return answer
+    return ready, answer
 
 
 def _message(error: BaseException) -> str:
