@@ -46,7 +46,8 @@ def side_by_side(columns: Sequence[Mapping[str, Any]], title: str) -> Table:
         columns: with `model`, `mode`, `figures` (``figures.FIGURES``) and `tasks` (name -> result) each.
         title: heading.
     """
-    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
+    caption = _CAPTION if any(column["figures"] for column in columns) else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for column in columns:
         table.add_column(f"{column['model']}\n{column['mode']}", justify="right")
