@@ -161,7 +161,7 @@ class OPDLMModel(ModelPT):
             self._optimizer,
             self.teacher,
             self._train_prompts,
-            step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
+            step=lambda loss: self.optimizers().step(loss=loss),  # type: ignore[union-attr,return-value]
             on_progress=self._tell_progress,
         )
         self._unregistered = (self.teacher, distiller)
