@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,7 +62,7 @@ class MetricsFile(Callback):
         self._last_step = trainer.global_step
         metrics: Mapping[str, float] = pl_module.step_metrics  # type: ignore[assignment]
         self._row = {"global_step": self._last_step, **{key: _finite(value) for key, value in metrics.items()}}
-        self._row_start = self._stream.tell()
+        self._row_start = self._stream.seek(0, os.SEEK_END)
         self._write_row()
 
     @override
@@ -70,7 +71,6 @@ class MetricsFile(Callback):
         if self._stream is None or not self._row or "val_loss" not in trainer.callback_metrics:
             return
         self._row["val_loss"] = _finite(float(trainer.callback_metrics["val_loss"]))
-        self._stream.truncate(self._row_start)
         self._write_row()
 
     @override
@@ -81,20 +81,28 @@ class MetricsFile(Callback):
             self._stream = None
 
     def _write_row(self) -> None:
+        """Write the last row, over itself where it is there: it is never missing if its step has a checkpoint."""
         assert self._stream is not None
-        self._stream.write(json.dumps(self._row, allow_nan=False) + "\n")
-        self._stream.flush()
+        with _naming(self.path):
+            self._stream.seek(self._row_start)
+            self._stream.write(json.dumps(self._row, allow_nan=False) + "\n")
+            self._stream.flush()
+            self._stream.truncate()
 
     def _open(self, trainer: Trainer, step: int) -> None:
         if not trainer.is_global_zero:
             return
         self._last_step = step
         lines = _lines_until(_previous_file(self.path, step), step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        recovered = self.path.with_suffix(".partial")
-        recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(recovered, self.path)
-        self._stream = self.path.open("a", encoding="utf-8")
+        with _naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            recovered = self.path.with_suffix(".partial")
+            recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(recovered, self.path)
+            self._stream = self.path.open("r+", encoding="utf-8")
+        if lines:
+            # The validation after its step may be still to come.
+            self._row, self._row_start = json.loads(lines[-1]), sum(len(line) + 1 for line in lines[:-1])
 
 
 class StepProgressBar(ProgressBar):
@@ -180,6 +188,15 @@ class StepProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file cannot be written; a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _finite(value: float) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
@@ -41,11 +41,36 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _name_like_files(callback)
+            # A step made again after a kill replaces what the killed run saved of it, whole and at once, instead of getting a
+            # second checkpoint beside the first.
+            callback._enable_version_counter = False
             _save_as_the_strategy_does(trainer, callback)
     trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
     return Path(log_dir)
+
+
+def finish_experiment(trainer: Trainer, module: LightningModule) -> None:
+    """Do at the end of `fit` what a run killed between its last checkpoint and its `.nemo` file has left undone.
+
+    The run that resumes it has no step to make, and Lightning tells no callback of its end.
+    """
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and trainer.global_step >= trainer.max_steps:
+        is_left_undone = atomic_folder.on_rank_zero(lambda: _lacks_archive(callback))
+        if is_left_undone:
+            callback.on_train_end(trainer, module)
+
+
+def _lacks_archive(callback: ModelCheckpoint) -> bool:
+    """Whether there is no `.nemo` file, or one from before the last checkpoint."""
+    if not getattr(callback, "save_nemo_on_train_end", False):
+        return False
+    archive, last = Path(callback._format_nemo_checkpoint_name()), callback.last_model_path.removesuffix(".ckpt")  # type: ignore[attr-defined]
+    if not archive.exists():
+        return True
+    return bool(last) and archive.stat().st_mtime < Path(last).stat().st_mtime
 
 
 def _tidy(folder: Path) -> None:

@@ -25,7 +25,7 @@ from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.lightning.callbacks import StepProgressBar
-from nemo_opdlm.lightning.resume import start_experiment
+from nemo_opdlm.lightning.resume import finish_experiment, start_experiment
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
@@ -91,6 +91,7 @@ def train(config: Config) -> OPDLMModel:
             raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
         logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
         trainer.fit(model)
+        finish_experiment(trainer, model)
     return model
 
 
