@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.callbacks import MetricsFile
 from nemo_opdlm.lightning.loops import ExactResumeLoop
+from nemo_opdlm.lightning.preemption import Preemption
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron import atomic_folder
 
@@ -21,7 +22,8 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
 
     NeMo marks a checkpoint as unfinished while it is saved or removed, and refuses to resume if the last one is marked.
     Ours are whole wherever they are there, so first the marks are brought in line with the folders. The callback that
-    writes `metrics.jsonl` and the loop that resumes exactly (instead of `disable_validation_on_resume`) are added.
+    writes `metrics.jsonl`, the one that leaves on a signal (for `create_preemption_callback`) and the loop that resumes exactly
+    (instead of `disable_validation_on_resume`) are ours instead of NeMo's.
 
     Args:
         trainer: without logger and without checkpoint callback.
@@ -32,7 +34,8 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     """
     from nemo.utils.exp_manager import exp_manager
 
-    folder = checkpoint_directory(config)
+    folder, is_preemptible = checkpoint_directory(config), config.get("create_preemption_callback", True)
+    config = {**config, "create_preemption_callback": False}
     atomic_folder.on_rank_zero(lambda: _tidy(folder))
     # The first rank first: it moves the files of an earlier run away, which the others would find half moved.
     log_dir = atomic_folder.on_rank_zero(lambda: exp_manager(trainer, config))
@@ -48,6 +51,9 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
+    if is_preemptible:
+        # Behind it: what is saved at a step anyway is saved first.
+        trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
     return Path(log_dir)
 
 

@@ -70,6 +70,7 @@ class OnPolicyDistiller:
         prompts: the training prompts.
         step: steps the optimizer at this loss and returns the gradient norm; Lightning counts updates by it.
         on_progress: told how far each batch of a rollout is, before each of its forwards.
+        gives_up: asked now and then whether to leave a rollout; `update` then raises `RolloutGivenUp` on every rank.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class OnPolicyDistiller:
         prompts: PromptDataset,
         step: Callable[[float], float] | None = None,
         on_progress: Callable[[RolloutProgress], None] | None = None,
+        gives_up: Callable[[], bool] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -91,6 +93,7 @@ class OnPolicyDistiller:
         self.prompts = prompts
         self.step = step or optimizer.step
         self.on_progress = on_progress
+        self.gives_up = gives_up
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
@@ -165,9 +168,9 @@ class OnPolicyDistiller:
     def _generator(self) -> Callable[..., Trajectory]:
         max_batch_size = self.config.opdlm.rollout.max_batch_size
         if self.config.opdlm.responses == "student":
-            return self.method.engine(self.student.model, max_batch_size).generate
+            return self.method.engine(self.student.model, max_batch_size, gives_up=self.gives_up).generate
         assert self.teacher is not None
-        return self.method.engine(self.teacher.network, max_batch_size).generate_autoregressive
+        return self.method.engine(self.teacher.network, max_batch_size, gives_up=self.gives_up).generate_autoregressive
 
     def select_states(self, rollout_step: int, trajectory: Trajectory, epoch: int) -> DenoisingState:
         """The half-masked states that a pass over this rollout batch trains on."""

@@ -18,8 +18,10 @@ from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
+from nemo_opdlm.lightning.preemption import Preempted
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron.effective import effective_settings
+from nemo_opdlm.megatron.flight import RolloutGivenUp
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
@@ -91,6 +93,8 @@ class OPDLMModel(ModelPT):
         self.step_metrics: Metrics = {}
         #: Whoever wants to be told how far a rollout is.
         self.rollout_progress: Callable[[RolloutProgress], None] | None = None
+        #: Whoever may want a rollout to be given up.
+        self.gives_up_rollouts: Callable[[], bool] | None = None
         # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
         self._unregistered: tuple[Any, ...] = ()
         self._train_prompts: PromptDataset | None = None
@@ -163,6 +167,7 @@ class OPDLMModel(ModelPT):
             self._train_prompts,
             step=lambda loss: self.optimizers().step(loss=loss),  # type: ignore[union-attr,return-value]
             on_progress=self._tell_progress,
+            gives_up=self._gives_up,
         )
         self._unregistered = (self.teacher, distiller)
         self.setup_training_data(self.cfg.data.train_ds)
@@ -174,6 +179,9 @@ class OPDLMModel(ModelPT):
     def _tell_progress(self, progress: RolloutProgress) -> None:
         if self.rollout_progress is not None:
             self.rollout_progress(progress)
+
+    def _gives_up(self) -> bool:
+        return self.gives_up_rollouts is not None and self.gives_up_rollouts()
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """One item per update of an epoch over the training prompts."""
@@ -191,7 +199,10 @@ class OPDLMModel(ModelPT):
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
-        metrics = self.distiller.update(self.global_step)
+        try:
+            metrics = self.distiller.update(self.global_step)
+        except RolloutGivenUp:
+            raise Preempted.on(self.trainer) from None
         self.step_metrics = metrics
         names = {"reduced_train_loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm"}
         self.log_dict({**metrics, **{nemo: metrics[ours] for nemo, ours in names.items()}}, batch_size=1)
