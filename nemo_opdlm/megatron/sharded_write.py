@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_opdlm.megatron.atomic_folder import on_every_rank
+from nemo_opdlm.megatron.checksums import checksum, write_checksums
 from nemo_opdlm.megatron.safe_metadata import COMMON, CONFIG
 
 
@@ -62,6 +63,7 @@ class ShardedWrite:
         self._write_beside = write_beside
         self._writing, self._cancelled = threading.Lock(), False
         self._results: list[WriteResult] = []
+        self._checksums: dict[str, int] = {}
         self._error: BaseException | None = RuntimeError("its files were not written")
         self._writer = _CopiesWriter(directory) if copy else _Writer(directory)
         self._planner = _CopyingPlanner() if copy else _Planner()
@@ -81,6 +83,8 @@ class ShardedWrite:
                 return
             try:
                 self._results = self._writer.write_data(self._plan, self._planner).wait()
+                names = {result.storage_data.relative_path for result in self._results}
+                self._checksums = {name: checksum(self._directory / name) for name in names}
                 if self._ranks.is_coordinator:
                     self._write_plain_files()
                 self._error = None
@@ -107,13 +111,14 @@ class ShardedWrite:
         with _one_line_errors(self._directory):
             self._ranks.all_reduce("write", self._written, self._write_index)
 
-    def _written(self) -> list[WriteResult]:
+    def _written(self) -> tuple[list[WriteResult], dict[str, int]]:
         if self._error is not None:
             raise self._error
-        return self._results
+        return self._results, self._checksums
 
-    def _write_index(self, results: list[list[WriteResult]]) -> None:
-        self._writer.finish(self._metadata, results)
+    def _write_index(self, of_ranks: list[tuple[list[WriteResult], dict[str, int]]]) -> None:
+        write_checksums(self._directory, {name: value for _, values in of_ranks for name, value in values.items()})
+        self._writer.finish(self._metadata, [results for results, _ in of_ranks])
 
     def _write_plain_files(self) -> None:
         torch.save(self._common, self._directory / COMMON)
