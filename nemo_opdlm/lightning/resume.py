@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.callbacks import MetricsFile
-from nemo_opdlm.lightning.loops import ExactResumeLoop
+from nemo_opdlm.lightning.loops import ExactResumeFitLoop
 from nemo_opdlm.lightning.preemption import Preemption
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron import atomic_folder
@@ -48,7 +48,7 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
             # second checkpoint beside the first.
             callback._enable_version_counter = False
             _save_as_the_strategy_does(trainer, callback)
-    trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
+    trainer.fit_loop = ExactResumeFitLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
     if is_preemptible:

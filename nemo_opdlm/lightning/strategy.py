@@ -240,11 +240,9 @@ def _count_finished_batch(loops: dict[str, Any]) -> dict[str, Any]:
     """
     fit_loop = dict(loops["fit_loop"])
     progress = fit_loop["epoch_loop.batch_progress"]
-    current = progress["current"]
     fit_loop["epoch_loop.batch_progress"] = {
-        "total": {**progress["total"], "completed": progress["total"]["processed"]},
-        "current": {**current, "completed": current["processed"]},
-        "is_last_batch": progress["is_last_batch"] and current["processed"] == current["ready"],
+        **{key: dict.fromkeys(progress[key], progress[key]["processed"]) for key in ("total", "current")},
+        "is_last_batch": progress["is_last_batch"] and progress["current"]["processed"] == progress["current"]["ready"],
     }
     return {**loops, "fit_loop": fit_loop}
 
