@@ -5,6 +5,7 @@ it may run on another thread while training goes on. A save that waits takes the
 both kinds leave the same files.
 """
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -89,7 +90,8 @@ class ShardedWrite:
                     self._write_plain_files()
                 self._error = None
             except BaseException as error:
-                self._error = error
+                # Other ranks get it without its causes.
+                self._error = OSError(one_line_cause(error))
 
     def cancel(self) -> None:
         """Stop a `write` on another thread at the next tensor; when this returns, it makes no more files in the folder.
@@ -121,7 +123,7 @@ class ShardedWrite:
         self._writer.finish(self._metadata, [results for results, _ in of_ranks])
 
     def _write_plain_files(self) -> None:
-        torch.save(self._common, self._directory / COMMON)
+        save_plain(self._directory / COMMON, self._common)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (self._directory / CONFIG).write_text(json.dumps(config))
@@ -129,12 +131,25 @@ class ShardedWrite:
             self._write_beside()
 
 
+def save_plain(path: Path, value: Any) -> None:
+    """`torch.save` of a small file by way of memory: torch itself takes a full disk for a bug ("unexpected pos").
+
+    Raises:
+        OSError: it cannot be written; one line that names the folder of the checkpoint.
+    """
+    content = io.BytesIO()
+    torch.save(value, content)
+    with _one_line_errors(path.parent):
+        path.write_bytes(content.getbuffer())
+
+
 def one_line_cause(error: BaseException) -> str:
     """What went wrong first, on whichever rank, without the pages that torch adds."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
+    # A write that fails within torch is the context, not the cause, of what torch then makes of it.
+    while (first := error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None)) is not None:
+        error = first
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

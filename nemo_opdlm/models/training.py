@@ -1,6 +1,7 @@
 """A run from its checked configuration: archive, prompts, model, teacher, trainer."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,21 @@ def train(config: Config) -> OPDLMModel:
             folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
             raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
         logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
-        trainer.fit(model)
-        finish_experiment(trainer, model)
+        with _one_line_os_errors():
+            trainer.fit(model)
+            finish_experiment(trainer, model)
     return model
+
+
+@contextmanager
+def _one_line_os_errors() -> Iterator[None]:
+    """Say where a file of NeMo's or Lightning's cannot be written; those of ours say so themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(f"the run cannot go on: {error.strerror}: {error.filename}") from error
 
 
 def restore(config: Config, trainer: Trainer | None = None) -> tuple[OPDLMModel, Config]:
