@@ -5,16 +5,17 @@ PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= glassllm
 PYTEST_ARGS ?=
+KILLS ?= 32
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test quickstart clean
+.PHONY: help venv install lint test fault-injection quickstart clean
 
 help:
-	@echo "make test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fault-injection [KILLS=32] | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fault-injection: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults --kills $(KILLS) $(PYTEST_ARGS)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)

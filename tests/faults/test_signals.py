@@ -32,7 +32,6 @@ def test_a_run_told_to_leave_saves_and_goes_on_bitwise(moment: str, scene: Scene
 #: Rollouts of several batches in flight between two stages, of ranks that answer different prompts, and of a causal teacher.
 OTHERS = {
     "PP2": ("model.pipeline_model_parallel_size=2",),
-    "VPP2": ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
     "DP2": (),
     "CP2": ("model.context_parallel_size=2",),
     "teacher": ("+experiment=off_policy", "model.pipeline_model_parallel_size=2"),
@@ -77,13 +76,13 @@ def test_a_run_out_of_time_stops_after_a_step_and_the_same_command_goes_on(
     victims: Victims, inputs: tuple[str, ...], tmp_path: Path
 ) -> None:
     def run(name: str, *overrides: str) -> list[int]:
-        return victims.run(command(inputs, 2, tmp_path / name, "trainer.max_steps=40", *overrides), 2).codes
+        return victims.run(command(inputs, 2, tmp_path / name, "trainer.max_steps=16", *overrides), 2).codes
 
     assert run("whole") == [0, 0]
     expected, steps = read_metrics(tmp_path / "whole"), [0]
-    while steps[-1] < 40:
+    while steps[-1] < 16:
         assert run("parts", "exp_manager.max_time_per_run=00:00:00:01") == [0, 0]
         steps.append(read_metrics(tmp_path / "parts")[-1]["global_step"])
         assert f"step={steps[-1]}" in newest_checkpoint(tmp_path / "parts").name and steps[-1] > steps[-2]
-    assert len(steps) > 2
+    assert len(steps) > 2, "the first run had time for all of it"
     assert_same_rows(read_metrics(tmp_path / "parts"), expected)
