@@ -92,6 +92,8 @@ class Preemption(Callback):
         trainer.strategy.checkpoint_io.teardown()  # a save in the background
         if trainer.is_global_zero and self._received == signal.SIGUSR1 and _is_slurm(trainer):
             _requeue()
+        # `srun --kill-on-bad-exit` ends the first rank as soon as another has left.
+        trainer.strategy.barrier()
 
 
 def _is_slurm(trainer: Trainer) -> bool:

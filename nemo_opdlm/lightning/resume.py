@@ -63,10 +63,10 @@ def finish_experiment(trainer: Trainer, module: LightningModule) -> None:
     The run that resumes it has no step to make, and Lightning tells no callback of its end.
     """
     callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and trainer.global_step >= trainer.max_steps:
-        is_left_undone = atomic_folder.on_rank_zero(lambda: _lacks_archive(callback))
-        if is_left_undone:
-            callback.on_train_end(trainer, module)
+    if not isinstance(callback, ModelCheckpoint) or trainer.global_step < trainer.max_steps:
+        return
+    if atomic_folder.on_rank_zero(lambda: _lacks_archive(callback)):
+        callback.on_train_end(trainer, module)
 
 
 def _lacks_archive(callback: ModelCheckpoint) -> bool:
