@@ -17,7 +17,7 @@ from nemo.utils import logging
 from typing_extensions import override
 
 #: Exit code of a run that was told to leave: "try again later" (EX_TEMPFAIL of sysexits.h). Slurm queues the job again where its
-#: `RequeueExit` names the code, a batch script of NeMo-Run where it is not 0.
+#: `RequeueExit` names the code, a batch script of NeMo-Run where it is not 0; torchrun makes 1 of it.
 EXIT_CODE = 75
 #: What a scheduler ends a job with, and what `sbatch --signal=USR1@120` warns it with.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

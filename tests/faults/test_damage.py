@@ -37,7 +37,7 @@ def fill(disk: Path, room: int) -> Path:
 
 
 def told(outcome: Outcome, pattern: str) -> None:
-    """Every rank ends with one line; of those of several ranks one says why."""
+    """Every rank ends with one line that says why."""
     assert all(code == BAD_INPUT for code in outcome.codes), outcome.outputs[0][-3000:]
     for rank, output in enumerate(outcome.outputs):
         assert len(outcome.errors(rank)) == 1 and "Traceback" not in output, output[-3000:]
