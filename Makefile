@@ -7,16 +7,17 @@ PIP_ARGS ?=
 MODEL ?= glassllm
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+KILLS ?= 32
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test fuzz quickstart clean
+.PHONY: help venv install lint test fuzz fault-injection quickstart clean
 
 help:
-	@echo "make test | fuzz | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fuzz | fault-injection [KILLS=32] | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -42,6 +43,9 @@ test: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+fault-injection: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults --kills $(KILLS) $(PYTEST_ARGS)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before anything imports torch or transformers.
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -11,3 +13,8 @@ for name, value in {
     "WANDB_MODE": "disabled",
 }.items():
     os.environ.setdefault(name, value)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How thorough `tests/faults` are; `make fault-injection` asks for more."""
+    parser.addoption("--kills", type=int, default=1, help="times a run of tests/faults is killed, at each layout")

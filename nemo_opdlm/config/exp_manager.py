@@ -77,6 +77,8 @@ class ExpManagerConfig:
     """Keys of `exp_manager`.
 
     Resuming is on by default, unlike NeMo's: running the same command again continues the run.
+    `create_preemption_callback` listens to SIGTERM and SIGUSR1, on CPUs too: the run saves after the step under way and exits
+    with 75; in a Slurm job SIGUSR1 also has the job queued again. `max_time_per_run` stops after a step, saves, and exits with 0.
     """
 
     explicit_log_dir: str | None = None

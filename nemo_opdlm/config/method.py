@@ -72,6 +72,9 @@ class RolloutConfig:
             FlexAttention a sequence counts with its length rounded up to one of four to each doubling, at least 128.
         cuda_graphs: answer a rollout's forwards from CUDA graphs; "auto" = where one GPU holds the whole network.
         end_token_ids: ids that end a response; null = the tokenizer's.
+        max_garbage_frac: share of responses that are empty or repeat one token throughout, above which the run stops; null =
+            never. Responses that are cut at their length limit are not among them.
+        garbage_warmup_steps: rollout steps before that is looked at: an AR model that has just become a student writes many.
     """
 
     num_prompts_per_step: int = 128
@@ -91,6 +94,8 @@ class RolloutConfig:
     max_batch_tokens: int | None = None
     cuda_graphs: bool | Literal["auto"] = "auto"
     end_token_ids: tuple[int, ...] | None = None
+    max_garbage_frac: float | None = 0.5
+    garbage_warmup_steps: int = 20
 
     @property
     def num_samples_per_step(self) -> int:
@@ -141,7 +146,7 @@ class OPDLMConfig:
         pack_to_tokens: rows of different lengths share a micro-batch of at most so many tokens, end to end, and
             `micro_batch_size` has no say; it has to hold the longest row. null = rows are padded to the longest of their
             micro-batch.
-        max_consecutive_skips: skipped updates in a row (non-finite gradients, or nothing supervised) before the run stops.
+        max_consecutive_skips: skipped updates in a row (loss or gradients not finite, nothing supervised) before the run stops.
         rollout: how the student generates.
         teacher: how the teacher is held.
     """

@@ -244,6 +244,8 @@ def _exp_manager(config: Config) -> None:
             f"{key}.save_last_n_optim_states={params.save_last_n_optim_states} contradicts "
             "model.dist_ckpt_async_save=True: optimizer states are dropped from checkpoints that must be there at once"
         )
+    if manager.create_checkpoint_callback and manager.resume_if_exists and not params.save_last:
+        _logger.warning("%s.save_last=False: a run that is interrupted starts again from the beginning.", key)
     intervals = {
         name: getattr(params, name)
         for name in ("every_n_epochs", "every_n_train_steps", "train_time_interval")

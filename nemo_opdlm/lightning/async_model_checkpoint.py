@@ -8,6 +8,7 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from typing_extensions import override
 
 from nemo_opdlm.lightning.async_checkpoint_io import FINALIZE, AsyncCheckpointIO
+from nemo_opdlm.lightning.preemption import Preempted
 
 
 class AsyncModelCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
@@ -47,10 +48,10 @@ class AsyncModelCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
         """Finish the saves begun, if all ranks are here to do so.
 
         After an error on one of several ranks the others may wait somewhere else; then the checkpoints before stay the
-        last ones. `sys.exit` is NeMo's answer to a preemption, on all ranks at once.
+        last ones. `Preempted` is raised on all ranks at once.
         """
         checkpoint_io = _checkpoint_io(trainer)
-        if trainer.world_size > 1 and type(exception) is not SystemExit:
+        if trainer.world_size > 1 and not isinstance(exception, Preempted):
             checkpoint_io.give_up()
             return
         try:

@@ -1,8 +1,9 @@
-"""A training loop that resumes exactly where it was interrupted."""
+"""Training loops that resume exactly where they were interrupted."""
 
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
@@ -23,10 +24,21 @@ class ExactResumeLoop(_TrainingEpochLoop):
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
         self.validated_step = -1
 
+    @property
+    def owes_validation(self) -> bool:
+        """Whether the run was interrupted between a step and the validation that is due after it."""
+        fetcher = self.trainer.fit_loop._data_fetcher
+        return self.restarting and self.validated_step != self.global_step and self._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+
+    @property
+    @override
+    def done(self) -> bool:
+        return super().done and not self.owes_validation
+
     @override
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if self.restarting:
-            if self._should_check_val_fx(data_fetcher) and self.validated_step != self.global_step:
+            if self.owes_validation:
                 return  # on_advance_end validates
             if self._is_training_done:
                 raise StopIteration
@@ -49,3 +61,22 @@ class ExactResumeLoop(_TrainingEpochLoop):
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         super().on_load_checkpoint(state_dict)
         self.validated_step = state_dict.get("validated_step", -1)
+
+
+class ExactResumeFitLoop(_FitLoop):
+    """Ends a run that was interrupted after its last step as it would have ended: with the validation that is due.
+
+    Args:
+        trainer: whose loop it takes the place of.
+    """
+
+    epoch_loop: ExactResumeLoop
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs)
+        self.epoch_loop = ExactResumeLoop(trainer)
+
+    @property
+    @override
+    def done(self) -> bool:
+        return not self.epoch_loop.owes_validation and super().done

@@ -21,8 +21,8 @@ class MegatronOptimizerHandle(torch.optim.Optimizer):
         super().__init__(param_groups, {})
         self._update = update
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run one update."""
+    def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:
+        """Run one update with these arguments."""
         if closure is not None:
             closure()
-        return self._update()
+        return self._update(**arguments)

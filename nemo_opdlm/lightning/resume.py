@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.callbacks import MetricsFile
 from nemo_opdlm.lightning.loggers import continue_wandb_run
-from nemo_opdlm.lightning.loops import ExactResumeLoop
+from nemo_opdlm.lightning.loops import ExactResumeFitLoop
+from nemo_opdlm.lightning.preemption import Preemption
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron import atomic_folder
 
@@ -22,7 +23,8 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
 
     NeMo marks a checkpoint as unfinished while it is saved or removed, and refuses to resume if the last one is marked.
     Ours are whole wherever they are there, so first the marks are brought in line with the folders. The callback that
-    writes `metrics.jsonl` and the loop that resumes exactly (instead of `disable_validation_on_resume`) are added.
+    writes `metrics.jsonl`, the one that leaves on a signal (for `create_preemption_callback`) and the loop that resumes exactly
+    (instead of `disable_validation_on_resume`) are ours instead of NeMo's.
 
     Args:
         trainer: without logger and without checkpoint callback.
@@ -33,7 +35,8 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     """
     from nemo.utils.exp_manager import exp_manager
 
-    folder = checkpoint_directory(config)
+    folder, is_preemptible = checkpoint_directory(config), config.get("create_preemption_callback", True)
+    config = {**config, "create_preemption_callback": False}
     atomic_folder.on_rank_zero(lambda: _tidy(folder))
     if config.get("resume_if_exists"):
         config = continue_wandb_run(config, log_directory(config), is_resumed=any(folder.glob("*last")))
@@ -44,11 +47,39 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _name_like_files(callback)
+            # A step made again after a kill replaces what the killed run saved of it, whole and at once, instead of getting a
+            # second checkpoint beside the first.
+            callback._enable_version_counter = False
             _save_as_the_strategy_does(trainer, callback)
-    trainer.fit_loop.epoch_loop = ExactResumeLoop(trainer)
+    trainer.fit_loop = ExactResumeFitLoop(trainer)
     # Ahead of the checkpoint callback: no checkpoint is ever newer than the metrics.
     trainer.callbacks.insert(0, MetricsFile(log_dir))  # type: ignore[attr-defined]
+    if is_preemptible:
+        # Behind it: what is saved at a step anyway is saved first.
+        trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
     return Path(log_dir)
+
+
+def finish_experiment(trainer: Trainer, module: LightningModule) -> None:
+    """Do at the end of `fit` what a run killed between its last checkpoint and its `.nemo` file has left undone.
+
+    The run that resumes it has no step to make, and Lightning tells no callback of its end.
+    """
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or trainer.global_step < trainer.max_steps:
+        return
+    if atomic_folder.on_rank_zero(lambda: _lacks_archive(callback)):
+        callback.on_train_end(trainer, module)
+
+
+def _lacks_archive(callback: ModelCheckpoint) -> bool:
+    """Whether there is no `.nemo` file, or one from before the last checkpoint."""
+    if not getattr(callback, "save_nemo_on_train_end", False):
+        return False
+    archive, last = Path(callback._format_nemo_checkpoint_name()), callback.last_model_path.removesuffix(".ckpt")  # type: ignore[attr-defined]
+    if not archive.exists():
+        return True
+    return bool(last) and archive.stat().st_mtime < Path(last).stat().st_mtime
 
 
 def _tidy(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,28 +31,29 @@ class StepLines:
     def open(self, step: int) -> dict[str, Any]:
         """Recover the lines up to this step, 0 begins a new file; returns the step's own line, which can be rewritten."""
         lines = _lines_until(_previous_file(self.path, step), step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        recovered = self.path.with_suffix(".partial")
-        recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(recovered, self.path)
-        self._stream = self.path.open("a", encoding="utf-8")
+        with _naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            recovered = self.path.with_suffix(".partial")
+            recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(recovered, self.path)
+            self._stream = self.path.open("r+", encoding="utf-8")
+        end = self._stream.seek(0, os.SEEK_END)
         last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         if last.get("global_step") != step:
             return {}
-        self._last_start = self._stream.tell() - len(lines[-1].encode()) - 1
+        # The validation after its step may be still to come.
+        self._last_start = end - len(lines[-1].encode()) - 1
         return last
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a line."""
         assert self._stream is not None
-        self._last_start = self._stream.tell()
-        self._append(row)
+        self._last_start = self._stream.seek(0, os.SEEK_END)
+        self._write_last(row)
 
     def rewrite_last(self, row: Mapping[str, Any]) -> None:
         """Put another line in the place of the last one."""
-        assert self._stream is not None
-        self._stream.truncate(self._last_start)
-        self._append(row)
+        self._write_last(row)
 
     def close(self) -> None:
         """Close the file."""
@@ -59,10 +61,23 @@ class StepLines:
             self._stream.close()
             self._stream = None
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _write_last(self, row: Mapping[str, Any]) -> None:
+        """Over the line that may be there: it is never missing if its step has a checkpoint."""
         assert self._stream is not None
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        with _naming(self.path):
+            self._stream.seek(self._last_start)
+            self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+            self._stream.flush()
+            self._stream.truncate()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file cannot be written; a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _previous_file(path: Path, step: int) -> Path | None:

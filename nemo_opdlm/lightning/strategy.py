@@ -242,7 +242,7 @@ class MegatronStrategy(DDPStrategy):
 
 
 def _count_finished_batch(loops: dict[str, Any]) -> dict[str, Any]:
-    """Count the batch at whose end a checkpoint is saved as completed.
+    """Count the batch at whose end a checkpoint is saved as completed; one that was given up is not the last of its epoch.
 
     Callbacks run before Lightning counts it. A resumed run would count it twice, and every validation after it would
     come one step late.
@@ -250,8 +250,8 @@ def _count_finished_batch(loops: dict[str, Any]) -> dict[str, Any]:
     fit_loop = dict(loops["fit_loop"])
     progress = fit_loop["epoch_loop.batch_progress"]
     fit_loop["epoch_loop.batch_progress"] = {
-        key: {**count, "completed": count["processed"]} if isinstance(count, dict) else count
-        for key, count in progress.items()
+        **{key: dict.fromkeys(progress[key], progress[key]["processed"]) for key in ("total", "current")},
+        "is_last_batch": progress["is_last_batch"] and progress["current"]["processed"] == progress["current"]["ready"],
     }
     return {**loops, "fit_loop": fit_loop}
 

@@ -14,6 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from nemo_opdlm.megatron.sharded_write import save_plain
+
 TRAINER_STATE = "trainer_state.pt"
 
 
@@ -22,8 +24,9 @@ def save_trainer_state(directory: Path, state: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: the state holds an object that is no plain value; the message says where.
+        OSError: it cannot be written, or the disk is full.
     """
-    torch.save(to_plain(state), directory / TRAINER_STATE)
+    save_plain(directory / TRAINER_STATE, to_plain(state))
 
 
 def load_trainer_state(directory: Path) -> dict[str, Any]:

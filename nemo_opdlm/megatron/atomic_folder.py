@@ -1,7 +1,7 @@
 """Folders that are whole or not there: written beside their place, then renamed into it.
 
 A killed process or a full disk therefore never damages the folder that was there before. What such a process leaves
-behind has names of its own (`.saving-*`, `.removing-*`, `.replaced-*`) and `settle` clears it up.
+behind has names of its own (`.saving-*`, also of files; `.removing-*`, `.replaced-*`) and `settle` clears it up.
 """
 
 import os
@@ -95,7 +95,7 @@ def settle(parent: str | Path) -> None:
     """Finish or undo what killed processes began in a folder; no process may be writing there. Rank 0 only."""
     for leftover in sorted(Path(parent).glob(".*")):
         if leftover.name.startswith((_SAVING, _REMOVING)):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         elif leftover.name.startswith(_REPLACED):
             target = leftover.with_name(leftover.name.removeprefix(_REPLACED))
             if target.exists():

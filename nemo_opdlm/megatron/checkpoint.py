@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from nemo_opdlm.megatron.atomic_folder import on_every_rank, replacing
+from nemo_opdlm.megatron.checksums import verify
 from nemo_opdlm.megatron.layer_names import own_name
 from nemo_opdlm.megatron.safe_metadata import check, is_extra_state, load_common
 from nemo_opdlm.megatron.sharded_write import ShardedWrite, one_line_cause
@@ -103,6 +104,7 @@ def load_sharded(
     wanted, local_values, factories = load_preprocess(request)
     wanted, _ = extract_sharded_base(wanted)
     on_every_rank(lambda: _compare(directory, metadata, wanted, vocab_size))
+    on_every_rank(lambda: verify(directory, dist.get_rank(), dist.get_world_size()))
     _report_unused(directory, metadata, wanted, strict)
 
     common = load_common(directory, metadata)

@@ -5,6 +5,7 @@ a few integers per token. Which of them it trains on, and how a checkpoint split
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.packing import longest_first
 from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.megatron.flight import RolloutGivenUp
 from nemo_opdlm.megatron.parallel import ParallelContext
+
+_GIVEN_UP = "given up"
 
 
 def respond_together(respond: Callable[[Tensor], Trajectory], cost: Tensor, parallel: ParallelContext) -> Trajectory:
@@ -22,18 +26,28 @@ def respond_together(respond: Callable[[Tensor], Trajectory], cost: Tensor, para
         respond: row numbers ``[n]`` -> their records; called on ranks that have any.
         cost: int64 ``[S]``, what each prompt may take, in tokens.
         parallel: this process's place in the layout.
+
+    Raises:
+        RolloutGivenUp: on every rank, where one gave its share up; the others finish theirs first.
     """
     shares = longest_first(cost, parallel.data_size)
     mine = shares[parallel.data_rank]
-    part = respond(mine) if mine.numel() else None
-    parts = [part]
-    if parallel.data_size > 1:
-        parts = [None] * parallel.data_size
-        state = None if part is None else part.to("cpu").state_dict()
-        dist.all_gather_object(parts, state, group=parallel.groups.dp_cp)
-        parts = [None if part is None else Trajectory.from_state_dict(part).to(parallel.device) for part in parts]
+    if parallel.data_size == 1:
+        return respond(mine).index(mine.argsort())
+    parts: list[Any] = [None] * parallel.data_size
+    dist.all_gather_object(parts, _state_of_share(respond, mine), group=parallel.groups.dp_cp)
+    if _GIVEN_UP in parts:
+        raise RolloutGivenUp
+    parts = [None if part is None else Trajectory.from_state_dict(part).to(parallel.device) for part in parts]
     rows = torch.cat(shares)
     return Trajectory.cat([part for part in parts if part is not None]).index(rows.argsort())
+
+
+def _state_of_share(respond: Callable[[Tensor], Trajectory], rows: Tensor) -> dict[str, Any] | str | None:
+    try:
+        return respond(rows).to("cpu").state_dict() if rows.numel() else None
+    except RolloutGivenUp:
+        return _GIVEN_UP
 
 
 def gather_responses(mine: Tensor, response_len: Tensor, group: dist.ProcessGroup) -> Tensor:

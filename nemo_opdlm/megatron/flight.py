@@ -8,6 +8,7 @@ are stages, the proposals of a batch have arrived by the time it is its turn aga
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,13 @@ from nemo_opdlm.megatron.denoiser import Forward, MegatronDenoiser
 from nemo_opdlm.megatron.graphs import ForwardGraphs
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.student import StagedGPT
+
+#: Rounds of forwards between two questions whether to go on: each is a wait for the device and for the other ranks.
+_ROUNDS_PER_QUESTION = 8
+
+
+class RolloutGivenUp(Exception):
+    """A rollout was left unfinished on request; the same prompts, weights and seed give the same rollout again."""
 
 
 @dataclass
@@ -45,17 +53,30 @@ class Flight:
     under_way: list[tuple[dist.Work | None, Tensor]] = field(default_factory=list)
 
 
-def fly(model: StagedGPT, starts: Sequence[Callable[[], Flight]]) -> list[Trajectory]:
+def fly(
+    model: StagedGPT, starts: Sequence[Callable[[], Flight]], gives_up: Callable[[], bool] | None = None
+) -> list[Trajectory]:
     """Decode batches, as many at a time as the pipeline has stages; every stage calls this with the same batches.
 
     Args:
         model: this rank's part of the network, in evaluation mode.
         starts: makes each batch when it is its turn; a cache lives only as long as its batch is in flight.
+        gives_up: whether this rank wants to leave it; asked now and then, and one rank of the row is enough.
+
+    Raises:
+        RolloutGivenUp: on all ranks of the row, which have no messages under way then.
     """
     pipeline, waiting = _Pipeline(model), deque(enumerate(starts))
     in_flight: dict[int, Flight] = {}
     landed: dict[int, Trajectory] = {}
-    while waiting or in_flight:
+    for number_of_round in count():
+        if not (waiting or in_flight):
+            break
+        is_asked = gives_up is not None and number_of_round % _ROUNDS_PER_QUESTION == 0
+        if is_asked and model.parallel.any_in_row(gives_up()):
+            for flight in in_flight.values():
+                pipeline.settle(flight)
+            raise RolloutGivenUp
         while waiting and len(in_flight) < model.parallel.pp_size:
             number, start = waiting.popleft()
             in_flight[number] = start()
@@ -81,17 +102,22 @@ class _Pipeline:
 
     def advance(self, flight: Flight) -> None:
         """Tell the sampler the proposals of the last forward and take its next query."""
-        answer = self._proposal(flight)
-        for work, _ in flight.under_way:
-            if work is not None:
-                work.wait()
-        flight.under_way.clear()
+        answer = self.settle(flight)
         try:
             query = next(flight.steps) if flight.forward is None else flight.steps.send(answer)
         except StopIteration as end:
             flight.trajectory = end.value
             return
         flight.forward, flight.proposal = flight.denoiser.prepare(query), None
+
+    def settle(self, flight: Flight) -> Proposal | None:
+        """Wait for the messages of a batch; returns the proposals of its last forward."""
+        answer = self._proposal(flight)
+        for work, _ in flight.under_way:
+            if work is not None:
+                work.wait()
+        flight.under_way.clear()
+        return answer
 
     def run_chunk(self, flight: Flight, number: int) -> None:
         """Run a batch's forward through one chunk of this rank; the pipeline's last one makes the proposals."""

@@ -146,24 +146,24 @@ class StudentOptimizer:
         return type(self._parts[0].optimizer).__module__.partition(".")[0]
 
     @staticmethod
-    def is_skipped(grad_norm: float) -> bool:
-        """Whether ``step`` leaves the weights alone at this gradient norm."""
-        return not 0 < grad_norm < math.inf
+    def is_skipped(grad_norm: float, loss: float = 0.0) -> bool:
+        """Whether ``step`` leaves the weights alone at this gradient norm and loss."""
+        return not (0 < grad_norm < math.inf and math.isfinite(loss))
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers of DDP and the optimizer."""
         self.network.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self) -> float:
+    def step(self, loss: float = 0.0) -> float:
         """Clip, update, advance the schedule; return the gradient norm before clipping.
 
-        Where the norm is not finite, or 0 because nothing was supervised, the update is skipped: weights and moments stay as
-        they are and only the schedule advances.
+        Where the norm or the loss is not finite, or the norm is 0 because nothing was supervised, the update is skipped: weights
+        and moments stay as they are and only the schedule advances.
         """
         self.megatron.prepare_grads()
         grad_norm = self.megatron.get_grad_norm()
-        if not self.is_skipped(grad_norm):
+        if not self.is_skipped(grad_norm, loss):
             if self.settings.clip_grad > 0:
                 parameters = [parameter for group in self.megatron.param_groups for parameter in group["params"]]
                 clip_grad_by_total_norm_fp32(parameters, self.settings.clip_grad, grad_norm)

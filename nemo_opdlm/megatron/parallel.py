@@ -72,6 +72,14 @@ class ParallelContext:
         """
         return self.wrap if into % self.pp_size == 0 else self.groups.pp
 
+    def any_in_row(self, flag: bool) -> bool:
+        """Whether a flag is set on one of the tensor- and pipeline-parallel ranks that run one sampler; they all call this."""
+        if self.tp_size * self.pp_size == 1:
+            return flag
+        votes = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.groups.mp)
+        return bool(votes)
+
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum over data- and context-parallel ranks, on each of them."""
         if self.data_size > 1:

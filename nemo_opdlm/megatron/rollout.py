@@ -41,6 +41,7 @@ class RolloutEngine:
         runs_ahead: never wait for the forward that was just launched (`decode`'s ``late_reads``), at the price of some
             tokens computed in vain; None = on a GPU.
         cuda_graphs: answer forwards from CUDA graphs where the network is whole on one GPU.
+        gives_up: asked now and then whether to leave a rollout by `RolloutGivenUp`; None = never.
     """
 
     model: StagedGPT
@@ -50,6 +51,7 @@ class RolloutEngine:
     max_batch_tokens: int | None = None
     runs_ahead: bool | None = None
     cuda_graphs: bool = True
+    gives_up: Callable[[], bool] | None = None
 
     def generate(
         self,
@@ -145,7 +147,7 @@ class RolloutEngine:
             # One region around all forwards: weights are cast once per rollout, not once per forward.
             region = autocast(self.model.options.autocast_dtype, requests[0].device)
             with without_redirect(), self.model.on_device(), region, self.model.attention.use_rule(rule):
-                trajectory = Trajectory.cat(fly(self.model, flights))
+                trajectory = Trajectory.cat(fly(self.model, flights, self.gives_up))
         finally:
             self.model.train(was_training)
         order = torch.cat([rows for rows, _ in batches])

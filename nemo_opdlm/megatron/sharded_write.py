@@ -5,6 +5,7 @@ it may run on another thread while training goes on. A save that waits takes the
 both kinds leave the same files.
 """
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_opdlm.megatron.atomic_folder import on_every_rank
+from nemo_opdlm.megatron.checksums import checksum, write_checksums
 from nemo_opdlm.megatron.safe_metadata import COMMON, CONFIG
 
 
@@ -62,6 +64,7 @@ class ShardedWrite:
         self._write_beside = write_beside
         self._writing, self._cancelled = threading.Lock(), False
         self._results: list[WriteResult] = []
+        self._checksums: dict[str, int] = {}
         self._error: BaseException | None = RuntimeError("its files were not written")
         self._writer = _CopiesWriter(directory) if copy else _Writer(directory)
         self._planner = _CopyingPlanner() if copy else _Planner()
@@ -81,11 +84,14 @@ class ShardedWrite:
                 return
             try:
                 self._results = self._writer.write_data(self._plan, self._planner).wait()
+                names = {result.storage_data.relative_path for result in self._results}
+                self._checksums = {name: checksum(self._directory / name) for name in names}
                 if self._ranks.is_coordinator:
                     self._write_plain_files()
                 self._error = None
             except BaseException as error:
-                self._error = error
+                # Other ranks get it without its causes.
+                self._error = OSError(one_line_cause(error))
 
     def cancel(self) -> None:
         """Stop a `write` on another thread at the next tensor; when this returns, it makes no more files in the folder.
@@ -107,16 +113,17 @@ class ShardedWrite:
         with _one_line_errors(self._directory):
             self._ranks.all_reduce("write", self._written, self._write_index)
 
-    def _written(self) -> list[WriteResult]:
+    def _written(self) -> tuple[list[WriteResult], dict[str, int]]:
         if self._error is not None:
             raise self._error
-        return self._results
+        return self._results, self._checksums
 
-    def _write_index(self, results: list[list[WriteResult]]) -> None:
-        self._writer.finish(self._metadata, results)
+    def _write_index(self, of_ranks: list[tuple[list[WriteResult], dict[str, int]]]) -> None:
+        write_checksums(self._directory, {name: value for _, values in of_ranks for name, value in values.items()})
+        self._writer.finish(self._metadata, [results for results, _ in of_ranks])
 
     def _write_plain_files(self) -> None:
-        torch.save(self._common, self._directory / COMMON)
+        save_plain(self._directory / COMMON, self._common)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (self._directory / CONFIG).write_text(json.dumps(config))
@@ -124,12 +131,25 @@ class ShardedWrite:
             self._write_beside()
 
 
+def save_plain(path: Path, value: Any) -> None:
+    """`torch.save` of a small file by way of memory: torch itself takes a full disk for a bug ("unexpected pos").
+
+    Raises:
+        OSError: it cannot be written; one line that names the folder of the checkpoint.
+    """
+    content = io.BytesIO()
+    torch.save(value, content)
+    with _one_line_errors(path.parent):
+        path.write_bytes(content.getbuffer())
+
+
 def one_line_cause(error: BaseException) -> str:
     """What went wrong first, on whichever rank, without the pages that torch adds."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
+    # A write that fails within torch is the context, not the cause, of what torch then makes of it.
+    while (first := error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None)) is not None:
+        error = first
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -34,6 +34,8 @@ CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
 MODEL_CLASS = "OPDLMModel"
 TARGET = f"nemo_opdlm.models.opdlm_model.{MODEL_CLASS}"
+#: Name of what is not whole yet, as `megatron.atomic_folder` has it: a run clears it up that a killed one has left.
+_SAVING = ".saving-"
 #: Settings of the run that made a model, not of the model: where its inputs lay.
 PATH_KEYS = frozenset(
     (
@@ -141,7 +143,7 @@ def write_nemo(
     check_output(output, overwrite=overwrite)
     members = {_member_name(name, content): content for name, content in sorted(tokenizer_files.items())}
     members[CONFIG] = _config_yaml(config, tokenizer_files).encode()
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    partial = output.with_name(f"{_SAVING}{output.name}-{uuid.uuid4().hex[:8]}")
     try:
         if pack:
             _write_tar(partial, members, Path(weights))
@@ -190,7 +192,7 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
 
 def make_scratch(output: str | Path) -> Path:
     """A new temporary folder for the parts of an archive: in $TMPDIR if set, else beside the archive."""
-    return Path(tempfile.mkdtemp(prefix=".nemo-", dir=scratch_parent(Path(output).absolute().parent, None)))
+    return Path(tempfile.mkdtemp(prefix=_SAVING, dir=scratch_parent(Path(output).absolute().parent, None)))
 
 
 def check_class(archive: Archive, name: str = MODEL_CLASS) -> None:

@@ -12,15 +12,16 @@ from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
-from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
+from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.megatron.exchange import respond_together
 from nemo_opdlm.megatron.forward import RowSplit, forward_backward
 from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer
-from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches, total
+from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, divergence_sums, micro_batches, total
 from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
+from nemo_opdlm.models.health import check_rollout, rollout_health, too_many_skips
 from nemo_opdlm.models.method import Method
 from nemo_opdlm.models.phases import Phases
 
@@ -67,9 +68,10 @@ class OnPolicyDistiller:
         optimizer: Megatron's optimizer around it.
         teacher: the frozen AR model; None where ``nll`` trains on student rollouts.
         prompts: the training prompts.
-        step: steps the optimizer and returns the gradient norm; Lightning counts updates by it.
+        step: steps the optimizer at this loss and returns the gradient norm; Lightning counts updates by it.
         on_progress: told how far each batch of a rollout is, before each of its forwards.
         on_phase: told which part of an update begins.
+        gives_up: asked now and then whether to leave a rollout; `update` then raises `RolloutGivenUp` on every rank.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class OnPolicyDistiller:
         optimizer: StudentOptimizer,
         teacher: Teacher | None,
         prompts: PromptDataset,
-        step: Callable[[], float] | None = None,
+        step: Callable[[float], float] | None = None,
         on_progress: Callable[[RolloutProgress], None] | None = None,
         on_phase: Callable[[str], None] | None = None,
+        gives_up: Callable[[], bool] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -93,6 +96,7 @@ class OnPolicyDistiller:
         self.step = step or optimizer.step
         self.on_progress = on_progress
         self.phases = Phases(student.parallel.device, on_phase)
+        self.gives_up = gives_up
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
@@ -110,7 +114,7 @@ class OnPolicyDistiller:
         """Make update number ``global_step`` (from 0) and return its metrics.
 
         Raises:
-            RuntimeError: ``max_consecutive_skips`` updates in a row had no gradient to follow.
+            UnhealthyRun: ``max_consecutive_skips`` updates in a row had no gradient to follow, or most responses are garbage.
         """
         metrics: Metrics = {}
         rollout_step, index = divmod(global_step, self.updates_per_rollout)
@@ -142,7 +146,12 @@ class OnPolicyDistiller:
             trajectory = self._respond(rollout_step, samples)
         metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))
         self.num_generated_tokens += int(trajectory.response_len.sum())
+        check_rollout(trajectory, rollout_step, self.row_ids(rollout_step), self.config.opdlm.rollout)
         return trajectory
+
+    def row_ids(self, rollout_step: int) -> list[str]:
+        """Names of a rollout step's prompts in their file, in the order of its rollouts."""
+        return [self.prompts.row_ids[i] for i in self.schedule.indices(rollout_step).dataset_indices.tolist()]
 
     def _respond(self, rollout_step: int, samples: SampleBatch) -> Trajectory:
         indices: list[int] = samples.dataset_indices.tolist()
@@ -163,9 +172,9 @@ class OnPolicyDistiller:
     def _generator(self) -> Callable[..., Trajectory]:
         max_batch_size = self.config.opdlm.rollout.max_batch_size
         if self.config.opdlm.responses == "student":
-            return self.method.engine(self.student.model, max_batch_size).generate
+            return self.method.engine(self.student.model, max_batch_size, gives_up=self.gives_up).generate
         assert self.teacher is not None
-        return self.method.engine(self.teacher.network, max_batch_size).generate_autoregressive
+        return self.method.engine(self.teacher.network, max_batch_size, gives_up=self.gives_up).generate_autoregressive
 
     def select_states(self, rollout_step: int, trajectory: Trajectory, epoch: int) -> DenoisingState:
         """The half-masked states that a pass over this rollout batch trains on."""
@@ -235,24 +244,37 @@ class OnPolicyDistiller:
         """Clip, update the weights, advance the learning rate."""
         metrics["train/lr"] = self.optimizer.lr
         with self.phases.timed("optimizer", metrics):
-            metrics["train/grad_norm"] = self.step()
+            metrics["train/grad_norm"] = self.step(metrics["train/loss"])
         metrics["generated_tokens"] = float(self.num_generated_tokens)
         metrics["trained_tokens"] = float(self.num_trained_tokens)
 
     def check_progress(self, batch: RolloutBatch, index: int, metrics: Metrics) -> None:
         """Count the update if the optimizer skipped it; stop the run when that does not end."""
-        grad_norm = metrics["train/grad_norm"]
-        is_skipped = self.optimizer.is_skipped(grad_norm)
+        grad_norm, loss = metrics["train/grad_norm"], metrics["train/loss"]
+        is_skipped = self.optimizer.is_skipped(grad_norm, loss)
         self.num_skipped += is_skipped
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
         metrics["train/skipped"] = float(self.num_skipped)
         if self.num_skipped_in_a_row >= self.config.opdlm.max_consecutive_skips:
-            size = self.config.global_batch_size
-            samples = batch.trajectory.sample_ids[index * size : (index + 1) * size].tolist()
-            raise RuntimeError(
-                f"{self.num_skipped_in_a_row} updates in a row were skipped, the last one with train/grad_norm={grad_norm} "
-                f"and train/loss={metrics['train/loss']} on samples {samples} of rollout step {batch.rollout_step}"
-            )
+            raise too_many_skips(self.num_skipped_in_a_row, grad_norm, loss, self._offenders(batch, index), batch.rollout_step)
+
+    def _offenders(self, batch: RolloutBatch, index: int) -> list[str]:
+        """Prompts of an update whose loss is not finite when they are alone; all of its prompts where there are none."""
+        parallel, size = self.student.parallel, self.config.global_batch_size
+        in_update = torch.zeros(len(batch.trajectory), dtype=torch.bool)
+        in_update[index * size : (index + 1) * size] = True
+        share, per_rank = batch.share, size // parallel.dp_size
+        losses = torch.zeros(len(batch.trajectory), dtype=torch.float64, device=parallel.device)
+        rows = self._rows_of_rank(batch.trajectory)
+        for row in range(index * per_rank, (index + 1) * per_rank):
+            number = torch.tensor([row], device=parallel.device)
+            arguments = (share.trajectory, share.states, share.targets, number, self.method.divergence, 1)
+            for part in divergence_sums(self.student.model, *arguments):
+                losses[rows[row]] = part["divergence_sum"]
+        is_finite = parallel.from_last_stage(parallel.sum_over_data(losses)).isfinite().cpu()
+        guilty = in_update & ~is_finite
+        row_ids = self.row_ids(batch.rollout_step)
+        return [row_ids[row] for row in torch.nonzero(guilty if guilty.any() else in_update)[:, 0].tolist()]
 
     def state_dict(self) -> dict[str, object]:
         """The unfinished rollout batch and the token counts; targets are computed again from the teacher."""
@@ -328,12 +350,11 @@ def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, d
 
 def _rollout_metrics(trajectory: Trajectory, seconds: float) -> Metrics:
     num_tokens = float(trajectory.response_len.sum())
-    is_cut: Tensor = trajectory.finish_reason == FinishReason.LENGTH
     return {
         "rollout/response_len": num_tokens / len(trajectory),
         "rollout/tokens_per_forward": num_tokens / float(trajectory.num_forwards.sum()),
         "rollout/tokens_per_s": num_tokens / seconds,
-        "rollout/truncated_frac": float(is_cut.float().mean()),
+        **rollout_health(trajectory),
     }
 
 

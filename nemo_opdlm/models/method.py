@@ -1,6 +1,6 @@
 """The method's settings as the pure packages want them, from the schema's keys and the model's tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,11 @@ class Method:
         return self.response_limits(self.num_rollout_steps, prompt_len, domains)
 
     def engine(
-        self, network: StagedGPT, max_batch_size: int, sampling: SamplingParams | None = None
+        self,
+        network: StagedGPT,
+        max_batch_size: int,
+        sampling: SamplingParams | None = None,
+        gives_up: Callable[[], bool] | None = None,
     ) -> RolloutEngine:
         """A rollout engine over a network; ``sampling`` defaults to the rollout's temperature and filters."""
         rollout = self.config.rollout
@@ -175,4 +179,5 @@ class Method:
             max_batch_size,
             rollout.max_batch_tokens,
             cuda_graphs=rollout.cuda_graphs is not False,
+            gives_up=gives_up,
         )

@@ -20,10 +20,12 @@ from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.loggers import NEMO_NAMES
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
+from nemo_opdlm.lightning.preemption import Preempted
 from nemo_opdlm.lightning.samples import Sample
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
 from nemo_opdlm.megatron import tensor_overlap
 from nemo_opdlm.megatron.effective import effective_settings
+from nemo_opdlm.megatron.flight import RolloutGivenUp
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
 from nemo_opdlm.megatron.teacher import Teacher
@@ -100,6 +102,8 @@ class OPDLMModel(ModelPT):
         #: Whoever wants to be told how far a rollout is, and which part of a step begins.
         self.rollout_progress: Callable[[RolloutProgress], None] | None = None
         self.phase_began: Callable[[str], None] | None = None
+        #: Whoever may want a rollout to be given up.
+        self.gives_up_rollouts: Callable[[], bool] | None = None
         # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
         self._unregistered: tuple[Any, ...] = ()
         self._train_prompts: PromptDataset | None = None
@@ -170,9 +174,10 @@ class OPDLMModel(ModelPT):
             self._optimizer,
             self.teacher,
             self._train_prompts,
-            step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
+            step=lambda loss: self.optimizers().step(loss=loss),  # type: ignore[union-attr,return-value]
             on_progress=self._tell_progress,
             on_phase=self._tell_phase,
+            gives_up=self._gives_up,
         )
         self._unregistered = (self.teacher, distiller)
         if self.model.config.tp_comm_overlap:
@@ -198,6 +203,9 @@ class OPDLMModel(ModelPT):
         if self.phase_began is not None:
             self.phase_began(name)
 
+    def _gives_up(self) -> bool:
+        return self.gives_up_rollouts is not None and self.gives_up_rollouts()
+
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """One item per update of an epoch over the training prompts."""
         schedule = self.distiller.schedule
@@ -215,7 +223,10 @@ class OPDLMModel(ModelPT):
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
         global_step, start = self.global_step, time.perf_counter()
-        metrics = self.distiller.update(global_step)
+        try:
+            metrics = self.distiller.update(global_step)
+        except RolloutGivenUp:
+            raise Preempted.on(self.trainer) from None
         assert self.distiller.batch is not None
         index = global_step % self.config.updates_per_epoch
         seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """A run from its checked configuration: archive, prompts, model, teacher, trainer."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.loggers import finished_loggers
-from nemo_opdlm.lightning.resume import start_experiment
+from nemo_opdlm.lightning.resume import finish_experiment, start_experiment
 from nemo_opdlm.lightning.samples import SampleLog
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron import flex
@@ -95,9 +96,21 @@ def train(config: Config) -> OPDLMModel:
             # Ahead of the checkpoint callback, as the metrics are.
             trainer.callbacks.insert(0, SampleLog(log_dir, every, config.model.num_logged_samples))  # type: ignore[attr-defined]
         logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
-        with finished_loggers(trainer):
+        with _one_line_os_errors(), finished_loggers(trainer):
             trainer.fit(model)
+            finish_experiment(trainer, model)
     return model
+
+
+@contextmanager
+def _one_line_os_errors() -> Iterator[None]:
+    """Say where a file of NeMo's or Lightning's cannot be written; those of ours say so themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(f"the run cannot go on: {error.strerror}: {error.filename}") from error
 
 
 def restore(config: Config, trainer: Trainer | None = None) -> tuple[OPDLMModel, Config]:

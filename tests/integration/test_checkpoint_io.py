@@ -133,6 +133,26 @@ def test_damaged_tensor_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_one_flipped_bit_of_a_tensor_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = make_model()
+    save_sharded(tmp_path / "checkpoint", model.sharded_state_dict(include_optimizer=False))
+    shard = tmp_path / "checkpoint" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged: its content is not what was written$"):
+        load(model, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"../victim": 1}', '{"__0_0.distcp": "x"}', "[" * 100_000])
+def test_checksums_that_are_none_are_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    model = make_model()
+    save_sharded(tmp_path / "checkpoint", model.sharded_state_dict(include_optimizer=False))
+    (tmp_path / "checkpoint" / "checksums.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checksums\.json is damaged: .*"):
+        load(model, tmp_path / "checkpoint")
+
+
 def test_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
     model, other = make_model(), make_model()
     save_sharded(tmp_path / "checkpoint", model.sharded_state_dict(include_optimizer=False))

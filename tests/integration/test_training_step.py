@@ -1,6 +1,7 @@
 """Training from the configuration to the archive, in every mode of the method, on a random model of two layers."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.models.archive_format import open_nemo
+from nemo_opdlm.models.health import UnhealthyRun
 from nemo_opdlm.models.opdlm_model import OPDLMModel
-from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs
+from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs, write_prompts, write_tiny_archive
 
 #: Name -> overrides; the names are those of the ablations and options of the method.
 MODES: dict[str, tuple[str, ...]] = {
@@ -187,10 +189,61 @@ def test_updates_without_a_finite_gradient_are_counted_and_end_the_run_by_naming
     for step in (5, 6):
         distiller.update(step)
     with pytest.raises(
-        RuntimeError,
-        match=r"3 updates in a row were skipped, .*grad_norm=nan .*loss=nan on samples \[28, 29, 30, 31\] of rollout step 4",
+        UnhealthyRun,
+        match=r"3 updates in a row were skipped .*grad_norm=nan .*loss=nan on rows \d+, \d+, \d+, \d+ of .* rollout step 4: ",
     ):
         distiller.update(7)
+
+
+def test_a_loss_that_is_not_finite_skips_the_update_although_its_gradient_is(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = run(tmp_path, *TINY, *inputs).distiller.optimizer
+    stepped: list[bool] = []
+    monkeypatch.setattr(optimizer.megatron, "prepare_grads", lambda: False)
+    monkeypatch.setattr(optimizer.megatron, "get_grad_norm", lambda: 1.0)
+    monkeypatch.setattr(optimizer.megatron, "step_with_ready_grads", lambda: stepped.append(True))
+    assert optimizer.step(loss=math.inf) == 1.0 and not stepped
+    assert optimizer.step(loss=2.0) == 1.0 and stepped
+
+
+def test_a_run_of_skipped_updates_ends_by_naming_the_prompts_that_are_to_blame(tmp_path: Path) -> None:
+    """A token whose embedding has overflowed spoils the rows that hold it."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    archive = write_tiny_archive(tmp_path, "llama-llama3-rope")
+    files = [f"model.data.{part}_ds.file_path={prompts}" for part in ("train", "validation")]
+    paths = (f"model.restore_from_path={archive}", *files)
+    model = run(tmp_path / "log", *TINY, *paths, "model.opdlm.max_consecutive_skips=1")
+    distiller, token = model.distiller, 9
+    distiller.step = distiller.optimizer.step
+    model.model.get_parameter("0.embedding.word_embeddings.weight").data[token] = torch.inf
+    with pytest.raises(UnhealthyRun) as error:
+        for step in range(2, 8):
+            distiller.update(step)
+    batch = distiller.batch
+    assert batch is not None
+    trajectory = batch.trajectory
+    is_written = torch.arange(trajectory.token_ids.shape[1]) < (trajectory.prompt_len + trajectory.response_len)[:, None]
+    holds = ((trajectory.token_ids == token) & is_written).any(-1)
+    row_ids = distiller.row_ids(batch.rollout_step)
+    guilty = [row_ids[row] for row in torch.nonzero(holds)[:, 0].tolist()]
+    named = re.search(r"on rows (.*) of the prompts", str(error.value))
+    assert named is not None and set(named[1].split(", ")) <= set(guilty) and len(guilty) < 8
+    assert "\n" not in str(error.value)
+
+
+# -- responses that are garbage --
+
+
+def test_empty_responses_end_the_run_after_the_warm_up_with_advice(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    ends = f"model.opdlm.rollout.end_token_ids={list(range(4, 40))}"
+    settings = (*TINY, *inputs, ends, "model.opdlm.rollout.garbage_warmup_steps=1", "trainer.max_steps=4")
+    message = r"empty responses .* of rollout step 2 .*max_garbage_frac=0\.5 .*lower model\.optim\.lr"
+    with pytest.raises(UnhealthyRun, match=message):
+        run(tmp_path, *settings)
+    rows = read_metrics(tmp_path)
+    assert [row["global_step"] for row in rows] == [1, 2] and rows[0]["rollout/empty_frac"] > 0.5
+    run(tmp_path, *settings, "model.opdlm.rollout.max_garbage_frac=null")
 
 
 # -- archives --
