@@ -1,5 +1,6 @@
 """Keys of `examples/launch.py` beside those of a training run; the one home of their defaults."""
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -131,12 +132,10 @@ def validate_launch(config: LaunchConfig) -> LaunchConfig:
         raise ValueError(f"run.name={config.job_name!r} must be of letters, digits, '.', '_', '=', '+' and '-'")
     if cluster.type == "local":
         _check_local(config)
-        validate(config)
-        return config
-    config = _with_time(_with_ranks(config))
-    _check_slurm(config)
-    with assume_capable_gpus():
-        validate(config, check_files=cluster.container_image is None, environment={})
+    else:
+        config = _with_time(_with_ranks(config))
+        _check_slurm(config)
+    _check_run(config)
     return config
 
 
@@ -146,6 +145,21 @@ def time_limit(config: Config) -> timedelta:
     assert found is not None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def _check_run(config: LaunchConfig) -> None:
+    """As training will, less what it will log."""
+    logger = logging.getLogger(validate.__module__)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        if config.cluster.type == "local":
+            validate(config)
+            return
+        with assume_capable_gpus():
+            validate(config, check_files=config.cluster.container_image is None, environment={})
+    finally:
+        logger.setLevel(level)
 
 
 def _check_local(config: LaunchConfig) -> None:

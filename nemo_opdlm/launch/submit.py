@@ -81,10 +81,11 @@ class _Launcher:
 
     def __init__(self, script: Path, job: Job) -> None:
         assert isinstance(job.config, LaunchConfig)
-        self._run, self._script, self._job, self._config = _nemo_run(), script, job, job.config
+        self._script, self._job, self._config = script, job, job.config
         self._is_local = self._config.cluster.type == "local"
         if not (self._is_local or self._config.dry_run or shutil.which("sbatch")):
             raise OSError("sbatch is not on this machine: launch from one of the cluster's, or print with dry_run=true")
+        self._run = _nemo_run()
 
     def print_script(self) -> None:
         """Print the batch script, or the command of a local run, and leave nothing behind."""
