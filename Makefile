@@ -11,19 +11,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test quickstart clean
+.PHONY: help venv install lint test slurm-test quickstart clean
 
 help:
-	@echo "make test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | slurm-test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt requirements-launch.txt | $(BIN)/python
 	@echo "Installing into $(VENV), once; this takes some minutes"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --requirement requirements-launch.txt
 	@touch $@
 
 venv: $(BIN)/python
@@ -37,6 +38,10 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Installs Slurm and munge by apt, where they are missing: needs root and Debian or Ubuntu.
+slurm-test: $(INSTALLED)
+	$(BIN)/python -m tests.slurm.preemption
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)
