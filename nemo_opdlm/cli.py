@@ -85,20 +85,26 @@ def main(
             os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints errors of the composition its own way and exits
             started = False
 
-            @functools.wraps(task)  # Hydra names the job after this function's file
-            def job(composed: DictConfig) -> None:
+            def reported(work: Callable[[], None]) -> None:
                 nonlocal started
                 started = True
                 os.environ[_FULL_ERROR] = wanted
                 try:
-                    config = check(parse(composed, schema))
-                    if isinstance(config, Config):
-                        hide_gpus(config)
-                    task(config)
+                    work()
                 except (ValueError, OSError) as error:
                     if wanted == "1" or not _raised_by(error.__traceback__, own_code):
                         raise
                     _exit(str(error))
+
+            def run(composed: DictConfig) -> None:
+                config = check(parse(composed, schema))
+                if isinstance(config, Config):
+                    hide_gpus(config)
+                task(config)
+
+            @functools.wraps(task)  # Hydra names the job after this function's file
+            def job(composed: DictConfig) -> None:
+                reported(lambda: run(composed))
 
             _register(schema)
             parser = get_args_parser()
@@ -107,10 +113,8 @@ def main(
             try:
                 if args.multirun:
                     points = _points(args, config_name, schema, check, config_path, sweep is not None)
-                    started = True
-                    os.environ[_FULL_ERROR] = wanted
                     assert sweep is not None
-                    sys.exit(sweep(inspect.getfile(task), points))
+                    reported(lambda: sys.exit(sweep(inspect.getfile(task), points)))
                 args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
                 hydra.version.setbase(_HYDRA_VERSION)
                 _run_hydra(args, parser, job, str(config_path), config_name)

@@ -1,5 +1,6 @@
 """A sweep on this machine: a process per job, one after the other, since each takes all devices of its run."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,12 @@ def run_sweep(script: str | Path, points: Sequence[Point[Config]]) -> int:
 
     Returns:
         An exit code: 0 if all jobs succeeded, 130 after Ctrl-C, else 1.
+
+    Raises:
+        ValueError: a launcher has started this process, and others that would all run the sweep.
     """
+    if "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        raise ValueError("--multirun starts the processes of each run itself: call it without torchrun and srun")
     console = Console(stderr=True, highlight=False, markup=False)
     folder, jobs = sweep(points, points[0].config.name)
     rows = [summary.Row.of(job) for job in jobs]

@@ -113,7 +113,7 @@ class _Launcher:
             try:
                 experiment.run(detach=not self._is_local)
             except UnexpectedExit as error:
-                reason = error.result.stderr.strip() or f"exit code {error.result.exited}"
+                reason = " ".join(error.result.stderr.split()) or f"exit code {error.result.exited}"
                 raise OSError(f"Slurm refuses job {self._job.name}: {reason}") from error
         if self._is_local:
             (submitted,) = experiment.jobs

@@ -83,11 +83,15 @@ def test_a_dry_run_on_this_machine_prints_the_command(prompts: tuple[str, ...], 
     assert launch(tmp_path, "+cluster=local", *prompts) == command
 
 
+@pytest.mark.parametrize("sweep", [(), ("-m", "model.seed=1,2")], ids=["run", "sweep"])
 def test_a_machine_without_slurm_is_told_so(
-    prompts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sweep: tuple[str, ...],
+    prompts: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    assert run_script("launch.py", "+cluster=slurm", "cluster.account=research", *prompts) == 2
+    assert run_script("launch.py", "+cluster=slurm", "cluster.account=research", *prompts, *sweep) == 2
     assert capsys.readouterr().err.endswith(
         "error: sbatch is not on this machine: launch from one of the cluster's, or print with dry_run=true\n"
     )

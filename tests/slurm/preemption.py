@@ -221,6 +221,7 @@ def main() -> None:
             session = Session(
                 {**environment, "NEMORUN_HOME": str(folder / "submitted")}, hidden | {socket.gethostname(): "node"}
             )
+            version = session.call("sinfo", "--version", show=False)
             whole = Training(session, folder / "whole", archive)
             session.show(
                 "SETTINGS='" + " ".join([*CLUSTER, *SETTINGS, "model.restore_from_path=RUNS/glassllm.nemo"]) + "'"
@@ -233,7 +234,6 @@ def main() -> None:
             preempt_and_kill(session, Training(session, folder / "interrupted", archive), whole.rows)
             limited = ("run.chain=2", "exp_manager.max_time_per_run=00:00:00:08")
             chain(session, Training(session, folder / "chain", archive, *limited), whole.rows)
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     title = f"# Training on a real Slurm\n\nWritten by `make slurm-test`, with {version} on one node of two CPUs."
     TRANSCRIPT.write_text("\n".join([title, *session.lines]) + "\n", encoding="utf-8")
 

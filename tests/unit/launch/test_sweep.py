@@ -97,6 +97,12 @@ def test_half_a_line_of_metrics_is_not_read(tmp_path: Path) -> None:
     assert row.metrics() | {"step": 1, "val_loss": 2.0} == row.metrics()
 
 
+def test_a_sweep_is_not_for_the_ranks_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="call it without torchrun and srun"):
+        run_sweep(tmp_path / "train.py", [point(tmp_path, 1)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
