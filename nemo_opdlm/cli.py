@@ -18,8 +18,10 @@ from typing import Any, Generic, NoReturn, TypeVar
 import hydra
 import hydra.version
 
-# Hydra has no public way to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
+# Hydra has no public way to expand a sweep without running it here.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+# Nor to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser

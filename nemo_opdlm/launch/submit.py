@@ -1,5 +1,6 @@
 """Jobs through NeMo-Run: processes of this machine, or sbatch."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,8 @@ from nemo_opdlm.launch import summary
 from nemo_opdlm.launch.jobs import Job, single, sweep
 
 _SUCCEEDED = "SUCCEEDED"
+#: What NeMo-Run puts into a batch script without quotes, and Slurm reads without patterns.
+_PLAIN = re.compile(r"[\w./=+,:@-]+", re.ASCII)
 
 
 def launch(script: str | Path, config: LaunchConfig) -> int:
@@ -76,26 +79,30 @@ class _Launcher:
         job: whose configuration is a `LaunchConfig`.
 
     Raises:
-        ValueError, OSError: NeMo-Run or Slurm is not there.
+        ValueError, OSError: Slurm is not there, or a path cannot stand in a batch script.
     """
 
     def __init__(self, script: Path, job: Job) -> None:
         assert isinstance(job.config, LaunchConfig)
         self._script, self._job, self._config = script, job, job.config
         self._is_local = self._config.cluster.type == "local"
+        if not self._is_local:
+            for path in (job.log_dir, Path.cwd(), script, self._python):
+                if not _PLAIN.fullmatch(str(path)):
+                    raise ValueError(
+                        f"{str(path)!r} may not stand in a batch script: only letters, digits and ./_=+,:@-"
+                    )
         if not (self._is_local or self._config.dry_run or shutil.which("sbatch")):
             raise OSError("sbatch is not on this machine: launch from one of the cluster's, or print with dry_run=true")
-        self._run = _nemo_run()
 
     def print_script(self) -> None:
         """Print the batch script, or the command of a local run, and leave nothing behind."""
         if self._is_local:
-            task = self._task()
-            sys.stdout.write(shlex.join([task.entrypoint, task.path, *task.args]) + "\n")
+            sys.stdout.write(shlex.join([self._python, str(self._script), *self._job.arguments]) + "\n")
             return
         with self._experiment() as experiment:
             experiment.dryrun(log=False, delete_exp_dir=False)
-            folder = Path(experiment._exp_dir)
+            folder = Path(experiment.jobs[0].executor.experiment_dir)
             sys.stdout.write(min(folder.glob("*_sbatch.sh")).read_text(encoding="utf-8"))
             shutil.rmtree(folder)
 
@@ -103,13 +110,14 @@ class _Launcher:
         """Run the job here to its end, or hand it, with its chain, to Slurm.
 
         Raises:
+            ValueError: NeMo-Run is not there.
             OSError: Slurm refuses it.
         """
-        from invoke.exceptions import UnexpectedExit
-        from torchx.specs import parse_app_handle
-
         self._job.write()
         with self._experiment() as experiment:
+            from invoke.exceptions import UnexpectedExit
+            from torchx.specs import parse_app_handle
+
             try:
                 experiment.run(detach=not self._is_local)
             except UnexpectedExit as error:
@@ -132,31 +140,33 @@ class _Launcher:
 
     @contextmanager
     def _experiment(self) -> Iterator[Any]:
+        nemo_run = _nemo_run()
         # In clean mode: NeMo-Run's own reports would go where the batch script does.
-        experiment = self._run.Experiment(
+        experiment = nemo_run.Experiment(
             self._job.name, log_level="WARN", clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True
         )
         with experiment:
-            executor = self._local_executor() if self._is_local else self._slurm_executor()
+            executor = (self._local_executor if self._is_local else self._slurm_executor)(nemo_run)
+            task = nemo_run.Script(path=str(self._script), args=self._job.arguments, entrypoint=self._python)
             for _ in range(self._config.run.chain):
-                experiment.add(self._task(), executor=executor, name=self._job.name, tail_logs=self._is_local)
+                experiment.add(task, executor=executor, name=self._job.name, tail_logs=self._is_local)
             yield experiment
 
-    def _task(self) -> Any:
+    @property
+    def _python(self) -> str:
         cluster = self._config.cluster
-        python = cluster.python or ("python3" if cluster.container_image else sys.executable)
-        return self._run.Script(path=str(self._script), args=self._job.arguments, entrypoint=python)
+        return cluster.python or ("python3" if cluster.container_image else sys.executable)
 
-    def _local_executor(self) -> Any:
-        return self._run.LocalExecutor(
+    def _local_executor(self, nemo_run: Any) -> Any:
+        return nemo_run.LocalExecutor(
             env_vars={key: str(value) for key, value in self._config.cluster.env_vars.items()}
         )
 
-    def _slurm_executor(self) -> Any:
+    def _slurm_executor(self, nemo_run: Any) -> Any:
         """One task per GPU; the training script finds its rank, and the first node, in Slurm's variables."""
         cluster, trainer = self._config.cluster, self._config.trainer
         environment = self._environment()
-        executor = self._run.SlurmExecutor(
+        executor = nemo_run.SlurmExecutor(
             account=cluster.account,
             partition=cluster.partition,
             time=self._config.run.time_limit,
@@ -177,8 +187,8 @@ class _Launcher:
             srun_args=[*self._srun_args(), *cluster.srun_args],
             setup_lines="\n".join(cluster.setup) or None,
             env_vars=environment,
-            packager=self._run.Packager(),
-            tunnel=self._run.LocalTunnel(job_dir=""),
+            packager=nemo_run.Packager(),
+            tunnel=nemo_run.LocalTunnel(job_dir=""),
             retries=cluster.max_retries,
             poll_estimated_start_time=False,
         )

@@ -77,10 +77,13 @@ def test_the_batch_script_is_the_golden_one(name: str, prompts: tuple[str, ...],
     assert script == (GOLDEN / f"{name}.sh").read_text()
 
 
-def test_a_dry_run_on_this_machine_prints_the_command(prompts: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_dry_run_on_this_machine_prints_the_command(
+    prompts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script("launch.py", "+cluster=local", *prompts, "dry_run=true") == 0
     folder = tmp_path / "log" / "launch"
     command = f"{sys.executable} {EXAMPLES / 'train_opdlm.py'} --config-path={folder} --config-name=config\n"
-    assert launch(tmp_path, "+cluster=local", *prompts) == command
+    assert capsys.readouterr().out == command
 
 
 @pytest.mark.parametrize("sweep", [(), ("-m", "model.seed=1,2")], ids=["run", "sweep"])
@@ -95,6 +98,14 @@ def test_a_machine_without_slurm_is_told_so(
     assert capsys.readouterr().err.endswith(
         "error: sbatch is not on this machine: launch from one of the cluster's, or print with dry_run=true\n"
     )
+
+
+def test_a_path_that_a_batch_script_would_misread_is_refused(
+    prompts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = f"exp_manager.explicit_log_dir='{tmp_path}/my $log'"
+    assert run_script("launch.py", "+cluster=slurm", "cluster.account=research", *prompts[:-1], folder) == 2
+    assert "my $log' may not stand in a batch script" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(200)

@@ -80,8 +80,8 @@ class Session:
 
     def show(self, text: str) -> None:
         """Write down output."""
-        for secret, word in self._hidden.items():
-            text = text.replace(secret, word)
+        for hidden, word in self._hidden.items():
+            text = re.sub(rf"(?<!\w){re.escape(hidden)}(?!\w)", word, text)
         self.lines += ["```", text.strip(), "```"]
         print(text.strip(), flush=True)
 
@@ -202,7 +202,10 @@ def chain(session: Session, run: Training, whole: list[dict[str, Any]]) -> None:
     assert 0 < done < len(run.rows)
     # The step at which a run stops is not validated any more.
     same(run.rows, whole[: len(run.rows)], but=("val_loss",))
-    session.say(f"The second job began after step {done}; the numbers are the uninterrupted run's.")
+    session.say(
+        f"The second job began after step {done}; the numbers are the uninterrupted run's, but for the\n"
+        "validation that was due at the step where a job stopped: it is left out."
+    )
 
 
 def main() -> None:
