@@ -72,7 +72,7 @@ class Row:
 def table(rows: Sequence[Row]) -> Table:
     """One line per job."""
     shown = Table(title=f"{len(rows)} jobs", title_justify="left")
-    for name in (*_short_names(list(rows[0].swept)), "status", "step", *_METRICS):
+    for name in (*_short_names(list(rows[0].swept)), "status", "step", "val_loss", "train/loss", "tokens/s"):
         shown.add_column(name, justify="left" if name == "status" else "right", overflow="fold")
     for row in rows:
         metrics = row.metrics()
