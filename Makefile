@@ -1,26 +1,28 @@
 # `make test` and `make quickstart` need Python 3.11 or newer and pip, nothing else.
 #   make PYTHON=python3.12 ...     another interpreter
+#   make fuzz FUZZ_ARGS="--inputs 1000 --seed 7"    see tests/fuzz/README.md
 #   make PIP_ARGS="..." ...        further arguments of pip, e.g. an index with CPU builds of torch
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= glassllm
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test slurm-test quickstart clean
+.PHONY: help venv install lint test fuzz slurm-test quickstart clean
 
 help:
-	@echo "make test | slurm-test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fuzz | slurm-test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-launch.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml setup.py constraints.txt requirements-launch.txt | $(BIN)/python
 	@echo "Installing into $(VENV), once; this takes some minutes"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
@@ -42,6 +44,9 @@ test: $(INSTALLED)
 # Installs Slurm and munge by apt, where they are missing: needs root and Debian or Ubuntu.
 slurm-test: $(INSTALLED)
 	$(BIN)/python -m tests.slurm.preemption
+
+fuzz: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)

@@ -1,10 +1,15 @@
-"""Print how much memory a training run will need, from its configuration alone: takes the arguments of train_opdlm.py."""
+"""Print how much memory a training run will need, from its configuration alone: takes the arguments of train_opdlm.py.
+
+Without model.restore_from_path it is the network of a group, e.g. model=qwen3_4b; prompts are not read.
+"""
+
+from functools import partial
 
 from nemo_opdlm import cli
-from nemo_opdlm.config import Config
+from nemo_opdlm.config import Config, validate
 
 
-@cli.main("gpt_opdlm")
+@cli.main("gpt_opdlm", check=partial(validate, check_files=False))
 def main(config: Config) -> None:
     """Read the shapes of the networks, count, print."""
     from nemo_opdlm.report.quiet import quiet_imports

@@ -145,6 +145,8 @@ def main() -> None:
     args = parser.parse_args()
     recipe = RECIPES[args.model]
     folder = None if args.output_dir is None else args.output_dir.absolute()
+    if not (_REPOSITORY / "pyproject.toml").is_file():
+        sys.exit("error: the quickstart runs in a checkout of the repository: its prompts are there")
     os.chdir(_REPOSITORY)  # the experiment's paths are relative to it
     run = Run(args.model, folder or Path("runs", recipe.experiment))
     story = Story()
@@ -166,12 +168,12 @@ def main() -> None:
 
 
 def compose(recipe: Recipe, run: Run, max_steps: int | None) -> Config:
-    """The configuration of ``python examples/train_opdlm.py +experiment=...``, in the run's folder.
+    """The configuration of ``python examples/train_opdlm.py experiment=...``, in the run's folder.
 
     Raises:
         ValueError: it is refused.
     """
-    composed = cli.compose("gpt_opdlm", [f"+experiment={recipe.experiment}"])
+    composed = cli.compose("gpt_opdlm", [f"experiment={recipe.experiment}"])
     composed.model.restore_from_path = str(run.ar_nemo)
     composed.exp_manager.explicit_log_dir = str(run.log)
     if max_steps is not None:

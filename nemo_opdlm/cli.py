@@ -23,23 +23,26 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 # Nor to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
 from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_opdlm.config import Config, full_keys, parse, to_container, unknown_key, validate
+from nemo_opdlm.config import Config, full_keys, groups, parse, to_container, unknown_key, validate
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-#: The folder of configurations of a source checkout.
-CONF = Path(__file__).resolve().parent.parent / "conf"
 _PACKAGE = Path(__file__).resolve().parent
+#: The folder of configurations: inside the package where that is installed, beside it in a source checkout.
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 _HYDRA_DEFAULTS = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _HYDRA_VERSION = "1.3"
-_REFUSED_OVERRIDE = re.compile(r"Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
+_REFUSED_OVERRIDE = re.compile(r"(?:In '([^']*)': )?Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def main(
                     _exit(str(error))
 
             def run(composed: DictConfig) -> None:
+                groups.refuse_strays(composed, known, CONF)
                 config = check(parse(composed, schema))
                 if isinstance(config, Config):
                     hide_gpus(config)
@@ -110,9 +114,9 @@ def main(
 
             _register(schema)
             parser = get_args_parser()
-            # Intermixed: overrides may stand on both sides of an option.
-            args = parser.parse_intermixed_args()
             try:
+                # Intermixed: overrides may stand on both sides of an option.
+                args = _adapted(parser.parse_intermixed_args())
                 if args.multirun:
                     points = _points(args, config_name, schema, check, config_path, sweep is not None)
                     assert sweep is not None
@@ -123,7 +127,7 @@ def main(
             except Exception as error:
                 if started or wanted == "1":
                     raise
-                _exit(_composition_message(error, known, Path(config_path)))
+                _exit(_composition_message(error, known))
 
         return entry_point
 
@@ -145,7 +149,7 @@ def compose(
     """What the command line `overrides` would compose; `parse` and `validate` make a checked configuration of it."""
     _register(schema)
     with hydra.initialize_config_dir(str(Path(config_path).resolve()), version_base=_HYDRA_VERSION):
-        return hydra.compose(config_name, list(overrides))
+        return hydra.compose(config_name, groups.with_added_choices(overrides, CONF))
 
 
 def _points(
@@ -176,14 +180,31 @@ def _points(
         here = {key.lstrip("+"): value for key, value in chosen.items() if key in swept}
         composed = compose(args.config_name or config_name, combination, schema, args.config_path or config_path)
         try:
+            groups.refuse_strays(composed, full_keys(schema), CONF)
             points.append(Point(here, check(parse(composed, schema))))
         except ValueError as error:
             raise ValueError(f"{', '.join(f'{key}={value}' for key, value in here.items())}: {error}") from error
     return points
 
 
+def _adapted(args: Namespace) -> Namespace:
+    """The arguments as Hydra has to be given them."""
+    args.overrides = groups.with_added_choices(args.overrides, CONF)
+    if args.config_path is not None and "://" not in args.config_path:
+        args.config_path = str(Path(args.config_path).resolve())  # Hydra would look beside the script, wherever that lies
+    return args
+
+
+class _OurGroups(SearchPathPlugin):
+    """Lets a user's own file extend `gpt_opdlm` and choose from its groups, wherever the file lies."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nemo_opdlm", f"file://{CONF}")
+
+
 def _register(schema: type) -> None:
     """Put the schema's defaults into Hydra's store as plain values, and register the resolvers NeMo users know."""
+    Plugins.instance().register(_OurGroups)
     ConfigStore.instance().store(name="schema", node=to_container(schema()))
     resolvers: dict[str, Callable[..., Any]] = {
         "multiply": lambda x, y: x * y,
@@ -205,20 +226,22 @@ def _raised_by(trace: TracebackType | None, own_code: tuple[Path, ...]) -> bool:
     return any(file == own or own in file.parents for own in own_code)
 
 
-def _composition_message(error: Exception, known: tuple[str, ...], config_path: Path) -> str:
+def _composition_message(error: Exception, known: tuple[str, ...]) -> str:
+    if (choice := groups.unknown_choice(str(error), CONF)) is not None:
+        return choice
     text = " ".join(str(error).split()).partition(" Config search path:")[0]
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}: {text}"
     refused = _REFUSED_OVERRIDE.match(text)
     if refused is None:
         return text
-    key = refused[1]
-    if (config_path / key).is_dir():
-        choices = ", ".join(sorted(file.stem for file in (config_path / key).glob("*.yaml")))
-        return f"{key} is a group of configurations: write +{key}=..., one of {choices}"
+    (file, key), choices = refused.groups(), groups.read_groups(CONF)
+    where = f"{file}.yaml: " if file is not None and "/" in file else ""
+    if key in choices:
+        return f"{where}{key} is a group of configurations: write +{key}=..., one of {', '.join(choices[key])}"
     if key in known:
-        return f"{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
-    return unknown_key(key, known)
+        return f"{where}{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
+    return where + unknown_key(key, (*known, *choices))
 
 
 def _exit(message: str) -> NoReturn:

@@ -7,6 +7,7 @@ import torch
 from nemo_opdlm.benchmark.timing import best_seconds
 from nemo_opdlm.benchmark.workload import Workload
 from nemo_opdlm.config import Architecture
+from nemo_opdlm.models.flops import layer_weights
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Floor:
         """Of a batch that is always full."""
         assert arch.kv_channels is not None and arch.num_query_groups is not None
         query, key = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-        layer = arch.hidden_size * (2 * query + 2 * key + 3 * arch.ffn_hidden_size)
-        layers, head = arch.num_layers * layer, arch.vocab_size * arch.hidden_size
+        layers, head = arch.num_layers * layer_weights(arch), arch.vocab_size * arch.hidden_size
         visible = float((work.prompt_len + work.limits / 2).mean())
         attention = arch.num_layers * 2 * query * visible  # scores and weighted values
         passes = block_size + 1

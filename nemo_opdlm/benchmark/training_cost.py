@@ -17,6 +17,7 @@ from nemo_opdlm.megatron.head import LMHead, token_losses
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions, build_model
 from nemo_opdlm.megatron.teacher import HiddenTargets
+from nemo_opdlm.models.flops import forward_flops
 from nemo_opdlm.testing.memory import AllocationProfile
 
 #: Layers of the two networks that the cost of a whole one is extrapolated from.
@@ -58,13 +59,9 @@ def needed_flops(arch: Architecture, batch: TrainingBatch) -> float:
     The student's layers see every useful token, forward and twice as much backward, the teacher's those of prompt and
     response; attention the pairs that the rule allows; both heads the masked tokens.
     """
-    query, key = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-    layer = arch.hidden_size * (2 * query + 2 * key + 3 * arch.ffn_hidden_size)
     student_pairs, teacher_pairs = batch.num_pairs()
-    layers = arch.num_layers * layer * (3 * batch.num_useful + batch.num_teacher)
-    attention = arch.num_layers * 2 * query * (3 * student_pairs + teacher_pairs)
-    head = arch.vocab_size * arch.hidden_size * (3 + 1) * batch.num_supervised
-    return 2.0 * (layers + attention + head)
+    student = forward_flops(arch, (batch.num_useful, student_pairs, batch.num_supervised))
+    return 3 * student + forward_flops(arch, (batch.num_teacher, teacher_pairs, batch.num_supervised))
 
 
 @dataclass(frozen=True)

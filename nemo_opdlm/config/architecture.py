@@ -1,6 +1,8 @@
 """What the network is, as opposed to how it is held or trained."""
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 
@@ -47,28 +49,46 @@ class Architecture:
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
 
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> "Architecture | None":
+        """The network that keys of a model section describe, e.g. those of `conf/model`; None if they leave its shape open.
+
+        Raises:
+            ValueError: they describe no network.
+        """
+        given = {field.name: keys[field.name] for field in fields(cls) if keys.get(field.name) is not None}
+        is_whole = all(field.name in given for field in fields(cls) if field.default is MISSING)
+        return cls(**given) if is_whole else None
+
     def __post_init__(self) -> None:
         """Fill the two derived fields, then `validate`."""
+        for name in ("hidden_size", "num_attention_heads"):  # the derived fields are made of them
+            _check_count(name, getattr(self, name))
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels is None:
-            if self.hidden_size % max(self.num_attention_heads, 1):
+            if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} is not a multiple of "
                     f"num_attention_heads={self.num_attention_heads}: give kv_channels"
                 )
-            object.__setattr__(self, "kv_channels", self.hidden_size // max(self.num_attention_heads, 1))
+            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         self.validate()
 
     def validate(self) -> None:
         """Raise ValueError, naming the field and its value, unless the fields describe a network."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name}={value!r} must be a positive integer")
+            if field.type is int:
+                _check_count(field.name, value)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be true or false")
         for name in ("layernorm_epsilon", "rotary_base", "init_method_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a positive number")
+        if not isinstance(self.rope_scaling, Mapping | None):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} must be a section of keys")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_query_groups={self.num_query_groups} must divide num_attention_heads={self.num_attention_heads}"
@@ -79,3 +99,16 @@ class Architecture:
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Vocabulary rows after padding to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Values of the matrices; norms and biases are left out."""
+        heads = (self.num_attention_heads + 2 * self.num_query_groups + self.num_attention_heads) * self.kv_channels
+        layer = self.hidden_size * (heads + 3 * self.ffn_hidden_size)
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        return self.num_layers * layer + tables * self.vocab_size * self.hidden_size
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_opdlm.data.shown import shown
+
 _logger = logging.getLogger(__name__)
 
 #: Names used elsewhere, the last part of a key or a full one -> our key.
@@ -141,7 +143,8 @@ def _aligner_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
     given = model.get("restore_from_path")
     if given not in (None, path):
         raise ValueError(
-            f"pretrained_checkpoint.restore_from_path={path!r} contradicts model.restore_from_path={given!r}; give one"
+            f"pretrained_checkpoint.restore_from_path={shown(path)} contradicts model.restore_from_path={shown(given)}; "
+            "give one"
         )
     return values | {"model": model | {"restore_from_path": path}}
 
@@ -168,4 +171,4 @@ def _refuse_unless_neutral(key: str, value: Any) -> None:
     neutral, why = _ONLY_NEUTRAL[key]
     if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
         allowed = " or ".join("null" if item is None else repr(item) for item in neutral)
-        raise ValueError(f"{key}={value!r} is not supported: {why}; allowed: {allowed}")
+        raise ValueError(f"{key}={shown(value)} is not supported: {why}; allowed: {allowed}")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from nemo_opdlm.config.rules import RANGES
 from nemo_opdlm.config.schema import ChatTemplate
-from nemo_opdlm.config.validation import check_apex
+from nemo_opdlm.config.validation import check_apex, check_exists
+from nemo_opdlm.data.shown import shown
 
 Mode = Literal["dynamic", "static", "autoregressive", "speculative"]
 
@@ -100,8 +100,7 @@ def validate_generate(config: GenerateConfig) -> GenerateConfig:
         ("model.restore_from_path", config.model.restore_from_path),
         ("prompts_file", config.prompts_file),
     ):
-        if path is not None and not Path(path).exists():
-            raise FileNotFoundError(f"{key}={path!r} does not exist")
+        check_exists(key, path)
     return config
 
 
@@ -120,7 +119,7 @@ def check_denoising_steps(denoising_steps: int | None, block_size: int) -> None:
 
 def _check_range(key: str, value: Any, accepts: Callable[[Any], bool], rule: str) -> None:
     if value is not None and not accepts(value):
-        raise ValueError(f"{key}={value!r} must be {rule}")
+        raise ValueError(f"{key}={shown(value)} must be {rule}")
 
 
 def _check_prompts(prompts: tuple[str, ...] | None) -> None:

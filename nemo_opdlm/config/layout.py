@@ -15,6 +15,8 @@ _TP, _PP, _CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "c
 _VPP = "virtual_pipeline_model_parallel_size"
 #: Sizes of the network that tensor parallelism splits. The vocabulary is padded to fit, see `Architecture`.
 _SPLIT_BY_TP = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+#: Values on each side of a refused one that are tried; a slip of the finger may be off by millions.
+_SEARCHED = 100_000
 #: To Lightning, too, Slurm jobs of these names are shells in which nothing is launched.
 _SLURM_SHELLS = ("bash", "interactive")
 
@@ -145,8 +147,9 @@ def _check_pipeline(config: Config, layers: int | None, of: str) -> None:
 
 def _nearest(value: int, limit: int, works: Callable[[int], bool], key: str = "", otherwise: str = "none") -> str:
     """The end of a refusal: the closest values of `key` on both sides of `value`, from 1 to `limit`, that work."""
-    below = next((v for v in range(min(value - 1, limit), 0, -1) if works(v)), None)
-    above = next((v for v in range(value + 1, limit + 1) if works(v)), None)
+    top = min(value - 1, limit)
+    below = next((v for v in range(top, max(top - _SEARCHED, 0), -1) if works(v)), None)
+    above = next((v for v in range(value + 1, min(limit, value + _SEARCHED) + 1) if works(v)), None)
     found = ", ".join(str(v) for v in (below, above) if v is not None)
     return f"nearest values {f'of {key} ' if key else ''}that work: {found or otherwise}"
 

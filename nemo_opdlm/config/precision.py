@@ -99,6 +99,8 @@ def check_precision(config: Config) -> None:
         _check_fp8_keys(config)
     elif model.fp8_params:
         raise ValueError("model.fp8_params=True needs model.fp8=True")
+    if model.ub_tp_comm_overlap:
+        _check_user_buffers(config)
     if model.transformer_engine:
         _check_machine(config, find_machine(config.trainer.accelerator))
 
@@ -146,6 +148,16 @@ def _check_fp8_keys(config: Config) -> None:
             f"model.fp8_params=True contradicts model.optim.name={model.optim.name!r}: FP8 weights need a sharded "
             "optimizer; use 'distributed_fused_adam'"
         )
+
+
+def _check_user_buffers(config: Config) -> None:
+    model, key = config.model, "model.ub_tp_comm_overlap=True"
+    if not model.transformer_engine:
+        raise ValueError(f"{key} needs model.transformer_engine=True: the user buffers are Transformer Engine's")
+    if model.opdlm.pack_to_tokens is None:
+        raise ValueError(f"{key} needs model.opdlm.pack_to_tokens: the user buffers hold one fixed number of tokens")
+    if config.trainer.precision == "32":
+        raise ValueError(f"{key} contradicts trainer.precision='32': the user buffers hold bf16; use 'bf16'")
 
 
 def _check_machine(config: Config, machine: Machine) -> None:

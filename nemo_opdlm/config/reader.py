@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_opdlm.config.foreign import RENAMED, drop_foreign_keys
 from nemo_opdlm.config.schema import Config
+from nemo_opdlm.data.shown import plain as _named
+from nemo_opdlm.data.shown import shortened, shown
 
 T = TypeVar("T")
 
@@ -77,7 +79,7 @@ def unknown_key(key: str, known: tuple[str, ...]) -> str:
     hint = f"; did you mean {suggestion}?" if suggestion else ""
     if not suggestion and key.startswith("model.") and key.count(".") == 1:
         hint = "; further fields of Megatron's TransformerConfig go under model.mcore_customization_config"
-    return f"{key} is not a key of this configuration{hint}"
+    return f"{_named(key)} is not a key of this configuration{hint}"
 
 
 def _closest_key(key: str, known: tuple[str, ...]) -> str | None:
@@ -94,13 +96,15 @@ def _closest_key(key: str, known: tuple[str, ...]) -> str | None:
 
 
 def _plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(config, DictConfig):
-        config = OmegaConf.create(dict(config))
     try:
+        if not isinstance(config, DictConfig):
+            config = OmegaConf.create(dict(config))
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).strip().splitlines()[0]
-        raise ValueError(f"{error.full_key or 'configuration'}: {reason}") from None
+        reason = (str(error.msg or error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{_named(error.full_key or 'configuration')}: {shortened(reason)}") from None
+    except RecursionError:
+        raise ValueError("the configuration is nested too deeply, or refers to itself") from None
     if not isinstance(plain, dict):
         raise ValueError(f"a configuration must be a mapping of keys, got {type(plain).__name__}")
     return {str(key): value for key, value in plain.items()}
@@ -108,7 +112,7 @@ def _plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_section(value: Any, schema: type, key: str, known: tuple[str, ...]) -> Any:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key}={value!r} must be a section of keys, such as {fields(schema)[0].name}")
+        raise ValueError(f"{key}={shown(value)} must be a section of keys, such as {fields(schema)[0].name}")
     hints, prefix = get_type_hints(schema), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -125,7 +129,7 @@ def _read(value: Any, annotation: Any, key: str, known: tuple[str, ...]) -> Any:
         return result
     closest = _closest_choice(value, annotation)
     hint = f"; did you mean {closest!r}?" if closest else ""
-    raise ValueError(f"{key}={value!r} must be {_describe(annotation)}{hint}")
+    raise ValueError(f"{key}={shown(value)} must be {_describe(annotation)}{hint}")
 
 
 def _match(value: Any, annotation: Any) -> tuple[bool, Any]:
@@ -150,9 +154,12 @@ def _match(value: Any, annotation: Any) -> tuple[bool, Any]:
     if isinstance(value, bool):
         return False, None
     if annotation is int:
-        return isinstance(value, int), value
+        return isinstance(value, int) and abs(value) < 2**63, value
     assert annotation is float, annotation
-    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        finite = isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
     return finite, float(value) if finite else None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 _MAX_BLOCK_SIZE = 64
-_DURATION = re.compile(r"\d+:\d{2}:\d{2}:\d{2}")
+_DURATION = re.compile(r"[0-9]{1,5}:[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
 
 def _is_duration(value: Any) -> bool:
@@ -33,6 +33,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.virtual_pipeline_model_parallel_size": (lambda v: v >= 2, "at least 2, or null"),
     "model.context_parallel_size": (lambda v: v >= 1, "at least 1"),
     "model.distributed_timeout_minutes": (lambda v: v > 0, "above 0"),
+    "model.log_samples_every_n_steps": (lambda v: v >= 1, "at least 1 optimizer step, or null"),
+    "model.num_logged_samples": (lambda v: v >= 1, "at least 1"),
+    "model.device_peak_tflops": (lambda v: v > 0, "above 0, or null"),
     "model.activations_checkpoint_num_layers": (lambda v: v >= 1, "at least 1"),
     "model.fp8_margin": (lambda v: v >= 0, "at least 0"),
     "model.fp8_amax_history_len": (lambda v: v >= 1, "at least 1"),
@@ -101,11 +104,6 @@ NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.responses", "dataset", "use 'student' or 'teacher'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
     ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
-    (
-        "model.ub_tp_comm_overlap",
-        True,
-        "use False: Transformer Engine's user buffers hold one fixed number of tokens, and rollouts differ in length",
-    ),
 )
 
 #: Fields of Megatron's TransformerConfig -> the key of the model section that they follow from, where it has another name.

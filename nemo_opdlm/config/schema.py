@@ -205,13 +205,20 @@ class ModelConfig:
         fp8_params: weights are kept in FP8 beside the optimizer's masters; needs a sharded optimizer.
         fp8_wgrad ... num_layers_at_end_in_bf16: further fields of Megatron's FP8, under its names.
         gradient_accumulation_fusion: weight gradients are added up by Apex's kernel, where it is installed.
-        ub_tp_comm_overlap: must stay false.
+        ub_tp_comm_overlap: in training, tensor-parallel ranks exchange activations while they multiply, through Transformer
+            Engine's user buffers; these hold `opdlm.pack_to_tokens`, to which every pack is filled up. Without
+            `sequence_parallel` it is switched off.
         activations_checkpoint_*: recomputation of activations, under NeMo's names.
         mcore_customization_config: further fields of Megatron's TransformerConfig.
         dist_ckpt_async_save: write checkpoints while training goes on: it stops only to copy weights and optimizer to
             host memory, which must have room for two copies (a best and a last checkpoint), and a checkpoint is there,
             whole, some updates later. If several ranks train and one fails meanwhile, the run resumes from the
             checkpoint before.
+        log_samples_every_n_steps: prompts and responses of the current rollout batch are logged after the first update and
+            after every so many: a table in the log and the loggers, whole texts in `samples.jsonl`; null = never.
+        num_logged_samples: how many of them, the first of the batch.
+        device_peak_tflops: dense peak of one device at this precision, in TFLOP/s, for `throughput/mfu`; null = known for
+            A100, H100, H200 and B200 in bf16, else there is no such metric.
     """
 
     restore_from_path: str | None = None
@@ -269,6 +276,9 @@ class ModelConfig:
     mcore_customization_config: dict[str, Any] = field(default_factory=dict)
 
     dist_ckpt_async_save: bool = False
+    log_samples_every_n_steps: int | None = 100
+    num_logged_samples: int = 4
+    device_peak_tflops: float | None = None
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opdlm.config.architecture import Architecture
+from nemo_opdlm.config.exp_manager import ExpManagerConfig
 from nemo_opdlm.config.layout import check_layout, settle_ranks, validate_layout
 from nemo_opdlm.config.precision import check_fp8_sizes, check_precision, find_machine
 from nemo_opdlm.config.reader import to_container
 from nemo_opdlm.config.rules import FIXED, NOT_AVAILABLE, OWN_KEYS, RANGES
 from nemo_opdlm.config.schema import Config
+from nemo_opdlm.data.shown import plain, shown
 
 _logger = logging.getLogger(__name__)
 #: The published recipe saves every 10 rollout steps.
@@ -28,7 +30,7 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
 
     Args:
         config: as read by `parse`.
-        check_files: whether paths must exist.
+        check_files: whether what a run reads must be given and exist.
         environment: where a launcher has counted its processes.
 
     Raises:
@@ -39,10 +41,10 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
     for key, (accepts, rule) in RANGES.items():
         value = _get(config, key)
         if value is not None and not accepts(value):
-            raise ValueError(f"{key}={to_container(value)!r} must be {rule}")
+            raise ValueError(f"{key}={shown(to_container(value))} must be {rule}")
     for key, (only, why) in FIXED.items():
         if _get(config, key) != only:
-            raise ValueError(f"{key}={_get(config, key)!r} must be {only!r}: {why}")
+            raise ValueError(f"{key}={shown(_get(config, key))} must be {only!r}: {why}")
     for key, choice, instead in NOT_AVAILABLE:
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
@@ -167,11 +169,12 @@ def _transformer(config: Config) -> None:
     for name in extra:
         own = OWN_KEYS.get(name, name)
         if hasattr(config.model, own):
-            raise ValueError(f"{key}.{name}={extra[name]!r} has a key of its own: model.{own}")
+            raise ValueError(f"{key}.{plain(str(name))}={shown(extra[name])} has a key of its own: model.{own}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{key}.{name}={extra[name]!r} is not a field of Megatron's TransformerConfig{hint}")
+            given = f"{key}.{plain(str(name))}={shown(extra[name])}"
+            raise ValueError(f"{given} is not a field of Megatron's TransformerConfig{hint}")
 
 
 def _transformer_config_fields() -> set[str]:
@@ -230,6 +233,7 @@ def _exp_manager(config: Config) -> None:
     params = manager.checkpoint_callback_params
     if params.monitor is None:
         raise ValueError(f"{key}.monitor=None must name a logged metric, e.g. 'val_loss' or 'reduced_train_loss'")
+    _wandb(manager)
     if params.always_save_nemo and config.model.model_parallel_size > 1:
         raise ValueError(
             f"{key}.always_save_nemo=True is not possible with TP x PP x CP = {config.model.model_parallel_size} > 1; use "
@@ -250,9 +254,19 @@ def _exp_manager(config: Config) -> None:
         raise ValueError(f"only one of {given} may be given")
 
 
+def _wandb(manager: ExpManagerConfig) -> None:
+    if not manager.create_wandb_logger:
+        return
+    if not {"name", "project"} & set(manager.wandb_logger_kwargs or {}):
+        raise ValueError(
+            "exp_manager.create_wandb_logger=True needs a project: exp_manager.wandb_logger_kwargs={project: NAME}, with "
+            "offline: true where there is no network"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("exp_manager.create_wandb_logger=True needs the package wandb: pip install wandb")
+
+
 def _data(config: Config) -> None:
-    if config.model.data.train_ds.file_path is None:
-        raise ValueError("model.data.train_ds.file_path=None must be given: a jsonl or parquet file of prompts")
     for name in ("train_ds", "validation_ds"):
         prompts, key = getattr(config.model.data, name), f"model.data.{name}"
         cut, longest = prompts.truncate_prompt_to, prompts.max_prompt_length
@@ -285,6 +299,8 @@ def _files(config: Config) -> None:
         raise ValueError(
             "model.restore_from_path=None must be given: a .nemo file, or a Hugging Face, NeMo 2.0 or Megatron-Bridge folder"
         )
+    if model.data.train_ds.file_path is None:
+        raise ValueError("model.data.train_ds.file_path=None must be given: a jsonl or parquet file of prompts")
     for key in ("model.restore_from_path", "model.kd_teacher_restore_from_path", "model.tokenizer.type"):
         _exists(config, key)
     for key in ("model.data.train_ds.file_path", "model.data.validation_ds.file_path"):
@@ -296,16 +312,31 @@ def _files(config: Config) -> None:
 
 
 def _exists(config: Config, key: str) -> None:
-    path = _get(config, key)
-    if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"{key}={path!r} does not exist")
+    check_exists(key, _get(config, key))
+
+
+def check_exists(key: str, path: str | None) -> None:
+    """Check that a file or folder that a key names is there.
+
+    Raises:
+        OSError: it is not, or nobody can tell.
+    """
+    try:
+        exists = path is None or Path(path).exists()
+    except OSError as error:  # e.g. a name that is too long, or a folder that may not be read
+        raise OSError(f"{key}={shown(path)}: {error.strerror}") from error
+    if not exists:
+        raise FileNotFoundError(f"{key}={shown(path)} does not exist")
 
 
 def _corrected(config: Config) -> Config:
     model, manager = config.model, config.exp_manager
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         _logger.info("model.sequence_parallel is switched off: it needs tensor_model_parallel_size above 1.")
-        config = replace(config, model=replace(model, sequence_parallel=False))
+        model = replace(model, sequence_parallel=False)
+    if model.ub_tp_comm_overlap and not model.sequence_parallel:
+        _logger.info("model.ub_tp_comm_overlap is switched off: it needs model.sequence_parallel.")
+        model = replace(model, ub_tp_comm_overlap=False)
     params = manager.checkpoint_callback_params
     if params.monitor == "val_loss" and model.data.validation_ds.file_path is None:
         _logger.info("exp_manager monitors reduced_train_loss: without model.data.validation_ds there is no val_loss.")
@@ -316,4 +347,4 @@ def _corrected(config: Config) -> Config:
         steps = _ROLLOUTS_PER_CHECKPOINT * model.updates_per_rollout
         _logger.info("exp_manager saves a checkpoint every %d steps: there is no validation to follow.", steps)
         params = replace(params, every_n_train_steps=steps)
-    return replace(config, exp_manager=replace(manager, checkpoint_callback_params=params))
+    return replace(config, model=model, exp_manager=replace(manager, checkpoint_callback_params=params))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.config import Architecture
+from nemo_opdlm.data.shown import plain
 
 Shape = tuple[int, ...]
 Condition = Callable[[Architecture], bool]
@@ -221,6 +222,16 @@ def _entry(row: Row, n: int, sizes: Mapping[str, int]) -> Entry:
     return Entry(row.megatron.format(n=n), fused, names, shapes, row.transform)
 
 
+def check_depth(arch: Architecture, num_tensors: int, where: str) -> None:
+    """Check that there can be as many layers as the config says, before a table of them all is made.
+
+    Raises:
+        ValueError: there are more layers than tensors.
+    """
+    if arch.num_layers > num_tensors:
+        raise ValueError(f"{where}: {num_tensors} tensors cannot be the {arch.num_layers} layers that the config says")
+
+
 def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     """Check that `found` holds exactly the expected tensors.
 
@@ -235,7 +246,7 @@ def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Sh
     unexpected = sorted(name for name in found if name not in expected and not name.endswith(RECOMPUTED_SUFFIXES))
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise ValueError(f"{where}: unexpected tensor {unexpected[0]}{more}; this model family does not have it")
+        raise ValueError(f"{where}: unexpected tensor {plain(unexpected[0])}{more}; this model family does not have it")
 
 
 def hugging_face_shapes(family: str, arch: Architecture) -> dict[str, Shape]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_opdlm.config import Architecture
+from nemo_opdlm.convert.setting_values import count, number, section
+from nemo_opdlm.data.shown import shown
 
 # Hugging Face `architectures` entry -> family. An SDAR folder is a Qwen3 model with a mask token.
 FAMILY_OF = {
@@ -19,6 +21,7 @@ _ROPE_THETA = 10000.0
 _NORM_EPSILON = 1e-6
 _INITIALIZER_RANGE = 0.02
 _QWEN3_HEAD_DIM = 128
+_LARGEST = 1e18
 
 # RoPE type -> the numbers it needs; every other type is refused by name.
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -55,7 +58,7 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[Architecture, str]:
         num_query_groups=groups,
         kv_channels=_head_dim(config, family, hidden, heads),
         max_position_embeddings=_count(config, "max_position_embeddings"),
-        layernorm_epsilon=float(config.get("rms_norm_eps", _NORM_EPSILON)),
+        layernorm_epsilon=number("rms_norm_eps", config.get("rms_norm_eps", _NORM_EPSILON)),
         rotary_base=theta,
         rope_scaling=scaling,
         qkv_bias=bias or family == "qwen2",
@@ -63,7 +66,7 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[Architecture, str]:
         qk_layernorm=family == "qwen3",
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
         vocab_size=_count(config, "vocab_size"),
-        init_method_std=float(config.get("initializer_range", _INITIALIZER_RANGE)),
+        init_method_std=number("initializer_range", config.get("initializer_range", _INITIALIZER_RANGE)),
     )
     return architecture, family
 
@@ -112,21 +115,21 @@ def write_config(architecture: Architecture, family: str, dtype_name: str, mlp_b
 
 def _family(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILY_OF:
-        raise ValueError(f"architectures={named!r} is not supported; allowed: {', '.join(FAMILY_OF)}")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str) or named[0] not in FAMILY_OF:
+        raise ValueError(f"architectures={shown(named)} is not supported; allowed: {', '.join(FAMILY_OF)}")
     return FAMILY_OF[named[0]]
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"hidden_act={activation!r} is not supported; allowed: 'silu'")
+        raise ValueError(f"hidden_act={shown(activation)} is not supported; allowed: 'silu'")
     if config.get("quantization_config"):
         raise ValueError("quantization_config is set: quantised checkpoints are not supported; convert to bf16 first")
     if _slides(config, family):
         raise ValueError(
-            f"sliding window attention is in use (use_sliding_window={config.get('use_sliding_window')!r}, "
-            f"sliding_window={config.get('sliding_window')!r}); only full attention is supported"
+            f"sliding window attention is in use (use_sliding_window={shown(config.get('use_sliding_window'))}, "
+            f"sliding_window={shown(config.get('sliding_window'))}); only full attention is supported"
         )
     if family == "qwen3" and config.get("attention_bias"):
         raise ValueError("attention_bias=true is not supported for Qwen3; allowed: false")
@@ -136,20 +139,18 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
 
 def _slides(config: Mapping[str, Any], family: str) -> bool:
     """Whether any layer attends through a window. Qwen writes a window size even where it is switched off."""
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types={shown(kinds)} must be a list")
+    if any(kind != "full_attention" for kind in kinds):
         return True
     if family == "llama" or not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return False
-    return int(config.get("max_window_layers", 0)) < int(config["num_hidden_layers"])
+    return number("max_window_layers", config.get("max_window_layers", 0)) < _count(config, "num_hidden_layers")
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
-    if key not in config:
-        raise ValueError(f"{key} is missing")
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}={value!r} must be a positive integer")
-    return value
+    return count(key, config.get(key))
 
 
 def _head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -> int:
@@ -166,23 +167,22 @@ def _head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, from the flat form (rope_theta, rope_scaling) or transformers 5's `rope_parameters`."""
-    nested = config.get("rope_parameters") or {}
-    scaling = dict(nested or config.get("rope_scaling") or {})
-    theta = nested.get("rope_theta", config.get("rope_theta", _ROPE_THETA))
-    if not isinstance(theta, int | float):  # transformers 5 nests one dict per kind of layer for mixed attention
-        raise ValueError(f"rope_theta={theta!r} must be a number")
+    nested = section(config, "rope_parameters")
+    scaling = nested or section(config, "rope_scaling")
+    # transformers 5 nests one dict per kind of layer for mixed attention
+    theta = number("rope_theta", nested.get("rope_theta", config.get("rope_theta", _ROPE_THETA)))
     if config.get("rope_theta", theta) != theta:
-        raise ValueError(f"rope_theta={config['rope_theta']!r} contradicts rope_parameters.rope_theta={theta!r}")
-    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"rope_type={kind!r} is not supported; allowed: {', '.join(ROPE_KEYS)}")
+        raise ValueError(f"rope_theta={shown(config['rope_theta'])} contradicts rope_parameters.rope_theta={theta!r}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise ValueError(f"rope_type={shown(kind)} is not supported; allowed: {', '.join(ROPE_KEYS)}")
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     unknown = sorted(set(scaling) - _ROPE_IDLE_KEYS - set(ROPE_KEYS[kind]))
     if unknown:
-        raise ValueError(f"{unknown[0]}={scaling[unknown[0]]!r} is not known for rope_type={kind!r}")
-    missing = [key for key in ROPE_KEYS[kind] if not isinstance(scaling.get(key), int | float)]
-    if missing:
-        raise ValueError(f"rope_type={kind!r} needs a number for {missing[0]}, got {scaling.get(missing[0])!r}")
-    numbers = {key: scaling[key] for key in ROPE_KEYS[kind]}
-    return float(theta), ({"rope_type": kind, **numbers} if numbers else None)
+        raise ValueError(f"{unknown[0][:200]}={shown(scaling[unknown[0]])} is not known for rope_type={kind!r}")
+    numbers = {key: scaling.get(key) for key in ROPE_KEYS[kind]}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            raise ValueError(f"rope_type={kind!r} needs a number for {key}, got {shown(value)}")
+    return theta, ({"rope_type": kind, **numbers} if numbers else None)

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_opdlm.data.bounded import MAX_JSON_BYTES, parse_json, read_bounded
+from nemo_opdlm.data.shown import plain
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -31,6 +34,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MAX_SHARD_SIZE = 5 * 1024**3
+#: The largest in use, of 250 000 tokens and their merges, has some 35 MiB.
+MAX_TOKENIZER_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ def load_hf_folder(path: str | Path, tokenizer: str | Path | None = None) -> HfF
         raise ValueError(f"{folder} is not a folder; give a local Hugging Face folder (hub names are not downloaded)")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
+    settings = ("config.json", GENERATION_CONFIG, INDEX)
+    check_links(folder, [*settings, *(file.name for file in folder.glob("*.safetensors"))])
     config = read_json(folder / "config.json")
     tokenizer_files = read_tokenizer_files(folder if tokenizer is None else Path(tokenizer))
     generation_config = folder / GENERATION_CONFIG
@@ -86,11 +93,11 @@ def load_hf_folder(path: str | Path, tokenizer: str | Path | None = None) -> HfF
     for shard in dict.fromkeys(shards.values()):
         for name, shape, dtype in _read_header(shard):
             if shards.setdefault(name, shard) != shard:
-                raise ValueError(f"{shard} and {shards[name]} both hold tensor {name}")
+                raise ValueError(f"{shard} and {shards[name]} both hold tensor {plain(name)}")
             shapes[name], dtypes[name] = shape, dtype
     absent = next((name for name in shards if name not in shapes), None)
     if absent is not None:
-        raise ValueError(f"{shards[absent]} does not hold tensor {absent}, although {INDEX} says so")
+        raise ValueError(f"{shards[absent]} does not hold tensor {plain(absent)}, although {INDEX} says so")
     return HfFolder(
         path=folder,
         config=config,
@@ -109,9 +116,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: not readable, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bounded(path, MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read as JSON: {str(error).removeprefix(f'{path} ')}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -121,13 +128,31 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files, by name.
 
     Raises:
-        ValueError: the folder has no tokenizer.json.
+        ValueError: the folder has no tokenizer.json, or a file leads out of it or is too large.
     """
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    check_links(folder, names)
+    files = {name: read_bounded(folder / name, MAX_TOKENIZER_BYTES) for name in names}
     if "tokenizer.json" not in files:
         advice = "; re-save it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)" if files else ""
         raise ValueError(f"{folder} has no tokenizer: tokenizer.json is missing{advice}")
     return files
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files of a folder that are links to elsewhere: what they show would become part of the converted model.
+
+    The hub's own cache, `snapshots/<revision>/<file>` as links to `blobs/`, is one folder in this respect.
+
+    Raises:
+        ValueError: a file leads out of the folder.
+    """
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise ValueError(f"{folder / name} is a link that leads out of its folder; copy the file instead")
 
 
 def _tensors_by_file(folder: Path) -> dict[str, Path]:
@@ -142,10 +167,10 @@ def _tensors_by_file(folder: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} places tensor {name} in {file!r}, which is not a file name")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX} places tensor {plain(name)} in {plain(str(file))!r}, which is not a file name")
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} lacks shard {file}, which {INDEX} names")
+            raise ValueError(f"{folder} lacks shard {plain(file)}, which {INDEX} names")
     return {name: folder / file for name, file in weight_map.items()}
 
 
@@ -156,10 +181,10 @@ def _read_header(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype
             slices = [tensors.get_slice(name) for name in names]
             headers = [(tuple(part.get_shape()), part.get_dtype()) for part in slices]
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a readable safetensors file: {' '.join(str(error).split())[:300]}") from error
     for name, (shape, dtype) in zip(names, headers, strict=True):
         if dtype not in _DTYPES:
-            raise ValueError(f"{file}: tensor {name} has type {dtype}; allowed: {', '.join(_DTYPES)}")
+            raise ValueError(f"{file}: tensor {plain(name)} has type {dtype}; allowed: {', '.join(_DTYPES)}")
         yield name, shape, _DTYPES[dtype]
 
 

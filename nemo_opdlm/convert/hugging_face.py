@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from nemo_opdlm.convert.hf_config import read_architecture, write_config
 from nemo_opdlm.convert.hf_folder import GENERATION_CONFIG, MAX_SHARD_SIZE, HfFolder, load_hf_folder, save_hf_folder
 from nemo_opdlm.convert.lazy_tensors import LazyTensors
 from nemo_opdlm.convert.mask_token import MaskToken, append_mask_row, choose_mask_token
+from nemo_opdlm.convert.setting_values import count, section, switch, token_ids
 from nemo_opdlm.convert.tokenizer_files import register_mask_token, unregister_mask_token
+from nemo_opdlm.data.shown import shown
 
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -47,8 +49,37 @@ class HfOrigin:
     generation_config: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a YAML file; `HfOrigin(**values)` reads them back."""
+        """Plain values for a YAML file; `read_origin` reads them back."""
         return asdict(self)
+
+
+def read_origin(values: Mapping[str, Any]) -> HfOrigin:
+    """The origin that an archive remembers.
+
+    Args:
+        values: its stored form.
+
+    Raises:
+        ValueError: something is missing or is not what it must be; one line that names it.
+    """
+    known = {field.name for field in fields(HfOrigin)}
+    unknown = next((key for key in values if key not in known), None)
+    if unknown is not None:
+        raise ValueError(f"origin.{shown(unknown)} is not known")
+    for key in ("family", "dtype", "mask_token"):
+        if not isinstance(values.get(key), str):
+            raise ValueError(f"origin.{key}={shown(values.get(key))} must be a text")
+    if values["family"] not in families.FAMILIES:
+        raise ValueError(f"origin.family={shown(values['family'])} is none of {', '.join(families.FAMILIES)}")
+    if len(token_ids(values, "mask_token_id")) != 1 or values.get("added_rows", 0) not in (0, 1):
+        raise ValueError("origin.mask_token_id must be a token id, and added_rows 0 or 1")
+    if values.get("block_size") is not None:
+        count("origin.block_size", values["block_size"])
+    switch("origin.mlp_bias", values.get("mlp_bias", False))
+    for role in _ROLES:
+        token_ids(section(values, "token_ids"), role)
+    section(values, "generation_config")
+    return HfOrigin(**values)
 
 
 @dataclass(frozen=True)
@@ -96,20 +127,25 @@ def open_hugging_face(
         architecture, family = read_architecture(folder.config)
     except ValueError as error:
         raise ValueError(f"{folder.path / 'config.json'}: {error}") from error
+    families.check_depth(architecture, len(folder.shapes), str(folder.path))
     architecture, shapes = _settle_head(folder, architecture)
     expected = families.hugging_face_shapes(family, architecture)
     optional = _absent_mlp_biases(folder, expected)
     required = {name: shape for name, shape in expected.items() if name not in optional}
     families.check_names_and_shapes(required, shapes, str(folder.path))
-    mask = choose_mask_token(
-        folder.tokenizer_files, family, architecture.vocab_size, folder.config, folder.generation_config, mask_token
-    )
-    files = register_mask_token(folder.tokenizer_files, mask.token, mask.token_id)
     target = dtype or functools.reduce(torch.promote_types, (folder.dtypes[name] for name in required))
+    try:
+        mask = choose_mask_token(
+            folder.tokenizer_files, family, architecture.vocab_size, folder.config, folder.generation_config, mask_token
+        )
+        files = register_mask_token(folder.tokenizer_files, mask.token, mask.token_id)
+        origin = _origin(folder, family, target, mask)
+    except ValueError as error:
+        raise ValueError(f"{folder.path}: {error}") from error
     reader = _FusedTensors(folder, family, architecture, frozenset(optional), target, mask.added_rows)
     state_dict = LazyTensors(families.megatron_shapes(family, architecture), reader.read)
     architecture = replace(architecture, vocab_size=architecture.vocab_size + mask.added_rows)
-    return HfImport(architecture, _origin(folder, family, target, mask), state_dict, files)
+    return HfImport(architecture, origin, state_dict, files)
 
 
 @dataclass(frozen=True)
@@ -267,6 +303,9 @@ def _settle_head(folder: HfFolder, architecture: Architecture) -> tuple[Architec
 
 
 def _origin(folder: HfFolder, family: str, dtype: torch.dtype, mask: MaskToken) -> HfOrigin:
+    block_size = folder.config.get("block_size")
+    for role in _ROLES:
+        token_ids(folder.config, role)
     return HfOrigin(
         family=family,
         dtype=str(dtype).removeprefix("torch."),
@@ -274,7 +313,7 @@ def _origin(folder: HfFolder, family: str, dtype: torch.dtype, mask: MaskToken) 
         mask_token_id=mask.token_id,
         added_rows=mask.added_rows,
         mlp_bias=bool(folder.config.get("mlp_bias")),
-        block_size=folder.config.get("block_size"),
+        block_size=None if block_size is None else count("block_size", block_size),
         token_ids={role: folder.config[role] for role in _ROLES if folder.config.get(role) is not None},
         generation_config=folder.generation_config,
     )

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_opdlm.convert.setting_values import token_ids
 from nemo_opdlm.convert.tokenizer_files import Files, TokenizerFacts, read_facts
+from nemo_opdlm.data.shown import shown
 
 DEFAULT_NAME = "<|MASK|>"
 # The serving engines hard-code this row of the Qwen3 table, which no Qwen3 tokenizer uses.
@@ -84,6 +86,8 @@ def _own_mask_token(facts: TokenizerFacts, config: Mapping[str, Any]) -> MaskTok
     """The mask token that the folder itself declares, None when it declares none."""
     name = facts.named.get("mask_token", DEFAULT_NAME)
     tokenizer_id, config_id = facts.ids.get(name), config.get("mask_token_id")
+    if config_id is not None and type(config_id) is not int:
+        raise ValueError(f"config.json has mask_token_id={shown(config_id)}, which is no token id")
     if tokenizer_id is not None and config_id is not None and tokenizer_id != config_id:
         raise ValueError(
             f"config.json has mask_token_id={config_id}, but the tokenizer's mask token {name!r} is {tokenizer_id}; "
@@ -110,7 +114,7 @@ def _check(
     configs: tuple[Mapping[str, Any], ...],
     allow_bos: bool,
 ) -> None:
-    what = f"mask token {mask.token!r} (id {mask.token_id})"
+    what = f"mask token {shown(mask.token)} (id {mask.token_id})"
     if not isinstance(mask.token_id, int) or not 0 <= mask.token_id < vocab_size + mask.added_rows:
         raise ValueError(f"{what} is outside the embedding of {vocab_size} rows")
     for role in ("pad", "eos") if allow_bos else ("pad", "eos", "bos"):
@@ -128,6 +132,5 @@ def _ids_in_role(role: str, facts: TokenizerFacts, configs: tuple[Mapping[str, A
     """Every id that plays a role, in the tokenizer or in a config (which may list several)."""
     found = {facts.id_of(f"{role}_token")}
     for config in configs:
-        ids = config.get(f"{role}_token_id")
-        found |= set(ids) if isinstance(ids, list) else {ids}
+        found |= set(token_ids(config, f"{role}_token_id"))
     return found

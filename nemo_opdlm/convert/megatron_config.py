@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_opdlm.config import Architecture
+from nemo_opdlm.convert.setting_values import count, number, switch
+from nemo_opdlm.data.shown import shown
 
 Settings = Mapping[str, Any]
 _COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -106,8 +108,8 @@ def read_network(settings: Settings, dialect: Dialect) -> Architecture:
     for key, allowed in dialect.only.items():
         value = settings.get(key, dialect.assumed.get(key))
         if not any(_plain(value) == item for item in allowed):
-            shown = " or ".join("null" if item is None else repr(item) for item in allowed)
-            raise ValueError(f"{key}={_plain(value)!r} is not supported; allowed: {shown}")
+            choices = " or ".join("null" if item is None else repr(item) for item in allowed)
+            raise ValueError(f"{key}={shown(_plain(value))} is not supported; allowed: {choices}")
 
     def setting(field: str) -> tuple[str, Any]:
         keys = dialect.names.get(field, (field,))
@@ -170,42 +172,6 @@ def parallel_size(settings: Settings, axis: str) -> int:
     return 1 if settings.get(key) is None else count(key, settings[key])
 
 
-def count(key: str, value: Any) -> int:
-    """A positive integer.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}={value!r} must be a positive integer")
-    return value
-
-
-def switch(key: str, value: Any) -> bool:
-    """True or false.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} must be true or false")
-    return value
-
-
-def number(key: str, value: Any) -> float:
-    """A number; YAML readers that follow the letter take `1e-5` for text.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}={value!r} must be a number") from None
-
-
 def _plain(value: Any) -> Any:
     """A value as the tables compare it: names in lower case, functions by the last part of their name."""
     if isinstance(value, dict):
@@ -223,7 +189,7 @@ def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
         found.append(_llama3(8.0))
     if settings.get("rope_scaling"):
         if settings["rope_scaling"] is not True:
-            raise ValueError(f"rope_scaling={settings['rope_scaling']!r} is not supported; allowed: true or false")
+            raise ValueError(f"rope_scaling={shown(settings['rope_scaling'])} is not supported; allowed: true or false")
         found.append(_llama3(number("rope_scaling_factor", settings.get("rope_scaling_factor", 8.0))))
     if settings.get("old_context_len") is not None:
         keys = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")

@@ -68,17 +68,19 @@ def import_megatron(model: MegatronModel, mask_token: str | None = None, dtype: 
         rows = next(iter(weights.shapes[WORD_EMBEDDINGS]), 0)
         vocab_size = true_vocab_size(model.settings, rows, max(facts.ids.values()) + 1)
     architecture = replace(network, vocab_size=vocab_size)
+    families.check_depth(architecture, len(weights.shapes), model.source)
     expected = families.megatron_shapes(family, architecture)
     families.check_names_and_shapes(expected, _shapes(model, weights, architecture), model.source)
     with _naming(model.source):
         mask = choose_mask_token(model.tokenizer_files, family, vocab_size, {}, model.generation_config, mask_token)
+        tokenizer_files = register_mask_token(model.tokenizer_files, mask.token, mask.token_id)
     target = dtype or _stored_dtype(model.source, weights.dtypes, expected)
     reader = _TrueRows(weights, vocab_size, mask.added_rows, target)
     return HfImport(
         replace(architecture, vocab_size=vocab_size + mask.added_rows),
         _origin(model, family, architecture, target, mask, facts),
         LazyTensors(expected, reader.read),
-        register_mask_token(model.tokenizer_files, mask.token, mask.token_id),
+        tokenizer_files,
     )
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from nemo_opdlm.convert.families import Shape
 from nemo_opdlm.convert.megatron_config import Settings, parallel_size
 from nemo_opdlm.convert.megatron_tensors import cut_axis, join_shards, own_names, weight_prefix
+from nemo_opdlm.data.shown import plain, shown
+from nemo_opdlm.megatron.pickle_guard import is_stored
 from nemo_opdlm.megatron.safe_metadata import load_weights_only
 
 FILE = "model_weights.ckpt"
 #: Folder of one rank: tensor-parallel only, or both.
 RANK_FOLDER = r"(mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)"
+_MOST_RANKS = 4096
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -91,7 +94,11 @@ class RankFiles:
             loaded = load_weights_only(path, path, mmap=zipfile.is_zipfile(path))
             if not isinstance(loaded, dict):
                 raise ValueError(f"{path} holds a {type(loaded).__name__} instead of a model's tensors")
-            self._mapped[path] = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+            tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+            claimed = next((key for key, value in tensors.items() if not is_stored(value)), None)
+            if claimed is not None:
+                raise ValueError(f"{path}: tensor {plain(claimed)} is larger than what is stored of it, or not dense")
+            self._mapped[path] = tensors
         return self._mapped[path]
 
 
@@ -106,9 +113,14 @@ def _find(folder: Path, settings: Settings) -> list[list[Path]]:
     virtual = settings.get("virtual_pipeline_model_parallel_size")
     if virtual not in (None, 1):
         raise ValueError(
-            f"{folder}: virtual_pipeline_model_parallel_size={virtual!r} is not supported for one file per rank"
+            f"{folder}: virtual_pipeline_model_parallel_size={shown(virtual)} is not supported for one file per rank"
         )
-    tensor, pipeline = parallel_size(settings, "tensor"), parallel_size(settings, "pipeline")
+    try:
+        tensor, pipeline = parallel_size(settings, "tensor"), parallel_size(settings, "pipeline")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if tensor * pipeline > _MOST_RANKS:
+        raise ValueError(f"{folder}: {tensor * pipeline} files of weights are more than the {_MOST_RANKS} that are read")
     if pipeline == 1:
         stages = [[folder / f"mp_rank_{rank:02d}" / FILE for rank in range(tensor)]]
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.data.rows import PromptRow, read_rows
+from nemo_opdlm.data.shown import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,14 +160,13 @@ def _check_lengths(max_prompt_length: int, truncate_prompt_to: int | None, *, cu
 
 
 def _render(row: PromptRow, suffix: str, tokenizer: "PreTrainedTokenizerBase", enable_thinking: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             row.conversation(suffix), tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
-    except TemplateError as error:  # templates refuse e.g. two user turns in a row
-        raise ValueError(f"{row.where}: the chat template refuses this row: {error}") from None
+    except Exception as error:  # templates refuse e.g. two user turns in a row; a faulty one raises anything
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise ValueError(f"{row.where}: the chat template refuses this row: {reason}") from None
     return str(text)
 
 

@@ -4,15 +4,21 @@ Every error is one line and names the culprit (file, line or row, key): all of t
 is built.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_opdlm.data.bounded import parse_json
+from nemo_opdlm.data.shown import shortened, shown
+
 PROMPT_KEYS = ("prompt", "messages", "question")
 ROLES = ("system", "user", "assistant")
 _EXTENSIONS = (".jsonl", ".parquet")
+#: All rows are held in memory, and one of parquet may cost a few bits of the file.
+MAX_ROWS = 10_000_000
+MAX_ROW_BYTES = 64 * 2**20
+_ROWS_PER_BATCH = 1024
 
 Message = dict[str, str]
 
@@ -61,35 +67,59 @@ def read_rows(path: str | Path) -> list[PromptRow]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
     # Bytes, not text: a decoding error must name its line, and only "\n" may end one (str.splitlines has eight others).
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"prompt file {path} cannot be read: {error.strerror}") from error
+    with file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
             where = f"{path}:{number}"
+            if len(raw) > MAX_ROW_BYTES:
+                raise ValueError(f"{where}: the row has more than {MAX_ROW_BYTES // 2**20} MiB")
+            line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
+            if not line:
+                continue
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield where, number, json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: invalid JSON, {error.msg} at column {error.colno}") from None
+                # Half a character counts only where it is part of a prompt.
+                row = parse_json(line, allow_surrogates=True)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            yield where, number, row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, int, Any]]:
-    from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped, unused-ignore]
+    from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
     try:
         file = parquet.ParquetFile(path)
-        wanted = {*PROMPT_KEYS, "domain", "id"}
-        columns = [name for name in file.schema_arrow.names if name in wanted]
-        if not wanted.intersection(PROMPT_KEYS).intersection(columns):
-            raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {file.schema_arrow.names}")
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for fields in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", number, fields
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    except Exception as error:  # Arrow's errors, and Python's for what it cannot express
+        raise _damaged(path, error) from error
+    wanted = {*PROMPT_KEYS, "domain", "id"}
+    columns = [name for name in names if name in wanted]
+    if not wanted.intersection(PROMPT_KEYS).intersection(columns):
+        raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {shown(names)}")
+    if len(set(columns)) != len(columns):
+        raise ValueError(f"{path}: several columns have the same name; found {shown(names)}")
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"{path} has {num_rows} rows, more than {MAX_ROWS}")
+    number = 0
+    batches = file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _damaged(path, error) from error
+        for fields in rows:
+            number += 1
+            yield f"{path}:row {number}", number, fields
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: not a readable parquet file ({shortened(reason)})")
 
 
 def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
@@ -97,7 +127,7 @@ def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
         raise ValueError(f"{where}: a row must be a JSON object, got {type(fields).__name__}")
     present = [key for key in PROMPT_KEYS if fields.get(key) is not None]
     if len(present) != 1:
-        found = f"{present}" if present else f"none of them among its keys {list(fields)}"
+        found = f"{present}" if present else f"none of them among its keys {shown(list(fields))}"
         raise ValueError(f"{where}: a row needs exactly one of {list(PROMPT_KEYS)}, found {found}")
     key = present[0]
     domain = fields.get("domain")
@@ -106,6 +136,8 @@ def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
     row_id = fields.get("id")
     if row_id is not None and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
         raise ValueError(f"{where}: 'id' must be a string or an integer, got {type(row_id).__name__}")
+    for name, value in (("domain", domain), ("id", row_id)):
+        _check_characters(where, name, value)
     return PromptRow(
         where=where,
         row_id=str(number if row_id is None else row_id),
@@ -120,7 +152,16 @@ def _parse_text(where: str, key: str, value: Any) -> str:
         raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty")
+    _check_characters(where, key, value)
     return value
+
+
+def _check_characters(where: str, key: str, value: Any) -> None:
+    """No tokenizer, and no file, takes half of a UTF-16 pair."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key!r} has half a character (a lone surrogate) at position {error.start}") from None
 
 
 def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
@@ -133,9 +174,9 @@ def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
         keys = sorted(key for key, entry in turn.items() if entry is not None) if isinstance(turn, Mapping) else None
         if keys != ["content", "role"]:
             found = type(turn).__name__ if keys is None else f"keys {keys}"
-            raise ValueError(f"{where}: {name} must be an object with exactly 'role' and 'content', got {found}")
+            raise ValueError(f"{where}: {name} must be an object with exactly 'role' and 'content', got {shortened(found)}")
         if turn["role"] not in ROLES:
-            raise ValueError(f"{where}: {name} has role {turn['role']!r}; allowed: {', '.join(ROLES)}")
+            raise ValueError(f"{where}: {name} has role {shown(turn['role'])}; allowed: {', '.join(ROLES)}")
         turns.append({"role": turn["role"], "content": _parse_text(where, f"{name}.content", turn["content"])})
     if turns[-1]["role"] != "user":
         raise ValueError(f"{where}: the last of 'messages' must be a user turn, got {turns[-1]['role']!r}")

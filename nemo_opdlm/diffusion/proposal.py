@@ -50,9 +50,31 @@ class Proposal:
     entropy: Tensor
 
 
+class WorkingMemory:
+    """Tensors as large as the logits, kept from one call of `propose` to the next.
+
+    On a CPU fresh memory of that size costs as much as all that is computed in it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def like(self, logits: Tensor, name: str) -> Tensor:
+        """An fp32 tensor of the shape of ``logits``, with anything in it; it takes the place of the last one of that name."""
+        kept, size = self._kept.get(name), logits.numel()
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = torch.empty(size, dtype=torch.float32, device=logits.device)
+        return kept[:size].view(logits.shape)
+
+
 @torch.no_grad()
 def propose(
-    logits: Tensor, uniform: Tensor, params: SamplingParams, forbidden: Tensor, vocab: VocabReducer
+    logits: Tensor,
+    uniform: Tensor,
+    params: SamplingParams,
+    forbidden: Tensor,
+    vocab: VocabReducer,
+    memory: WorkingMemory | None = None,
 ) -> Proposal:
     """Draw one token per position by inverting the distribution function at one uniform number.
 
@@ -68,14 +90,15 @@ def propose(
         params: temperature and filters. At temperature 0 the lowest of equally likely tokens is taken.
         forbidden: bool ``[V_local]``, tokens that are never proposed and count in no probability.
         vocab: which columns these are.
+        memory: what to work in; None = fresh memory.
     """
-    # Two tensors as large as the logits, overwritten in place, do for everything: on a CPU a fresh one costs as much
-    # as all that is computed in it.
-    logits = logits.float().masked_fill(forbidden, -_INF)
+    memory = memory or WorkingMemory()
+    # Two tensors as large as the logits, overwritten in place, do for everything.
+    logits = memory.like(logits, "logits").copy_(logits).masked_fill_(forbidden, -_INF)
     # With a largest logit of 0, weights cannot overflow, neither here nor at a tiny temperature. They stay without a
     # normaliser, because their sum is NaN where any shard has a NaN, which a maximum may swallow.
     logits -= vocab.max(logits)[..., None]
-    weights = logits.exp()
+    weights = torch.exp(logits, out=memory.like(logits, "weights"))
     mass = vocab.sum(weights)
     if params.temperature == 0:
         token_ids = argmax(logits, vocab)

@@ -16,6 +16,8 @@ from nemo_opdlm.config.launch import LaunchConfig
 from nemo_opdlm.launch import summary
 from nemo_opdlm.launch.jobs import Job, single, sweep
 
+#: The folder of this package.
+_ROOT = Path(__file__).resolve().parents[2]
 _SUCCEEDED = "SUCCEEDED"
 #: What NeMo-Run puts into a batch script without quotes, and Slurm reads without patterns.
 _PLAIN = re.compile(r"[\w./=+,:@-]+", re.ASCII)
@@ -87,7 +89,7 @@ class _Launcher:
         self._script, self._job, self._config = script, job, job.config
         self._is_local = self._config.cluster.type == "local"
         if not self._is_local:
-            for path in (job.log_dir, Path.cwd(), script, self._python):
+            for path in (job.log_dir, Path.cwd(), script, _ROOT, self._python):
                 if not _PLAIN.fullmatch(str(path)):
                     raise ValueError(
                         f"{str(path)!r} may not stand in a batch script: only letters, digits and ./_=+,:@-"
@@ -198,15 +200,15 @@ class _Launcher:
 
     def _environment(self) -> dict[str, str]:
         """As the batch script exports it: shell text."""
-        return {
-            "MASTER_ADDR": "$head_node",  # the batch script's own variable
-            "PYTHONPATH": shlex.quote(str(self._package)) + "${PYTHONPATH:+:$PYTHONPATH}",
-        } | {key: shlex.quote(str(value)) for key, value in self._config.cluster.env_vars.items()}
+        own = {"MASTER_ADDR": "$head_node"}  # the batch script's own variable
+        if _is_checkout():
+            own["PYTHONPATH"] = f"{_ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"
+        return own | {key: shlex.quote(str(value)) for key, value in self._config.cluster.env_vars.items()}
 
     def _mounts(self) -> list[str]:
         if self._config.cluster.container_image is None:
             return []
-        own = dict.fromkeys((Path.cwd(), self._package, self._job.log_dir))
+        own = dict.fromkeys((Path.cwd(), _ROOT if _is_checkout() else self._script.parent, self._job.log_dir))
         return [*self._config.cluster.container_mounts, *(f"{folder}:{folder}" for folder in own)]
 
     def _srun_args(self) -> list[str]:
@@ -215,9 +217,10 @@ class _Launcher:
             return [f"--chdir={Path.cwd()}"]
         return [f"--container-workdir={Path.cwd()}", "--no-container-mount-home"]
 
-    @property
-    def _package(self) -> Path:
-        return self._script.parent.parent
+
+def _is_checkout() -> bool:
+    """Whether jobs run this folder's code; else what is installed where they run."""
+    return (_ROOT / "pyproject.toml").is_file()
 
 
 def _console() -> Console:

@@ -1,8 +1,6 @@
 """What a run tells while it trains: one line of `metrics.jsonl` per optimizer step, and a progress bar."""
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,9 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from nemo_opdlm.diffusion.settings import RolloutProgress, describe
+from nemo_opdlm.lightning.loggers import NEMO_NAMES, forget_after, log_scalars
+from nemo_opdlm.lightning.step_lines import StepLines
+from nemo_opdlm.lightning.strategy import MegatronStrategy
 
 METRICS = "metrics.jsonl"
 _TRAINING = "Training"
@@ -23,32 +24,33 @@ _SHOWN = ("train/loss", "val_loss", "train/lr", "rollout/tokens_per_forward", "r
 
 
 class MetricsFile(Callback):
-    """Writes `pl_module.step_metrics`, a dict of plain numbers, as one JSON object per optimizer step.
+    """Writes `pl_module.step_metrics`, a dict of plain numbers, as one JSON object per optimizer step (`StepLines`).
 
-    A resumed run continues the file: exp_manager moved it to `run_<n>` at the start, from where it is taken back as far
-    as the step the run resumes from. A fresh run begins a new file. Numbers that JSON lacks (nan, inf) become null.
+    What stands in the file also reaches exp_manager's loggers, at the same `global_step`; Lightning would count from 0, log
+    a rollout's figures again at every update on it, and lose count at every restart. Numbers that JSON lacks (nan, inf)
+    become null. What becomes known after a line was written is added to it: `val_loss`, and how long validation and
+    checkpoint took.
 
     Args:
         log_dir: exp_manager's log folder.
     """
 
     def __init__(self, log_dir: str | Path) -> None:
-        self.path = Path(log_dir) / METRICS
-        self._stream: TextIO | None = None
+        self._lines = StepLines(Path(log_dir) / METRICS)
         self._last_step = 0
         self._row: dict[str, Any] = {}
-        self._row_start = 0
+        self._validation_start = 0.0
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Recover the lines up to the checkpoint's step, also where nothing is left to train."""
-        if self._stream is None:  # NeMo loads the best checkpoint once more at the end of a run
+        if not self._lines.is_open:  # NeMo loads the best checkpoint once more at the end of a run
             self._open(trainer, checkpoint["global_step"])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new file unless a checkpoint was loaded."""
-        if self._stream is None:
+        if not self._lines.is_open:
             self._open(trainer, 0)
 
     @override
@@ -56,52 +58,71 @@ class MetricsFile(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the line of a finished optimizer step."""
-        if self._stream is None or trainer.global_step <= self._last_step:
+        if not self._lines.is_open or trainer.global_step <= self._last_step:
             return
         self._last_step = trainer.global_step
         metrics: Mapping[str, float] = pl_module.step_metrics  # type: ignore[assignment]
         self._row = {"global_step": self._last_step, **{key: _finite(value) for key, value in metrics.items()}}
-        self._row_start = self._stream.tell()
-        self._write_row()
+        self._lines.write(self._row)
+        same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items() if ours in metrics}
+        log_scalars(trainer, {**metrics, **same}, self._last_step)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._validation_start = time.perf_counter()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add `val_loss` to the line of the step after which the run was validated."""
-        if self._stream is None or not self._row or "val_loss" not in trainer.callback_metrics:
-            return
-        self._row["val_loss"] = _finite(float(trainer.callback_metrics["val_loss"]))
-        self._stream.truncate(self._row_start)
-        self._write_row()
+        """Add what the validation gave to the line of the step after which it was made."""
+        if "val_loss" in trainer.callback_metrics:
+            seconds = time.perf_counter() - self._validation_start
+            self._add(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"]), "time/validation_s": seconds})
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Add how long the checkpoints took that were saved since the last step."""
+        self._add_checkpoint_time(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same after the last step."""
+        self._add_checkpoint_time(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the file."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._lines.close()
 
-    def _write_row(self) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps(self._row, allow_nan=False) + "\n")
-        self._stream.flush()
+    def _add_checkpoint_time(self, trainer: Trainer) -> None:
+        assert isinstance(trainer.strategy, MegatronStrategy)
+        if seconds := trainer.strategy.take_checkpoint_seconds():
+            self._add(trainer, {"time/checkpoint_s": seconds})
+
+    def _add(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        if not self._lines.is_open or not self._row:
+            return
+        # A run killed in a validation makes it again; the loggers may have its figures from before.
+        new = {key: value for key, value in metrics.items() if key not in self._row}
+        self._row |= {key: _finite(value) for key, value in new.items()}
+        self._lines.rewrite_last(self._row)
+        log_scalars(trainer, new, self._last_step)
 
     def _open(self, trainer: Trainer, step: int) -> None:
         if not trainer.is_global_zero:
             return
         self._last_step = step
-        lines = _lines_until(_previous_file(self.path, step), step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        recovered = self.path.with_suffix(".partial")
-        recovered.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(recovered, self.path)
-        self._stream = self.path.open("a", encoding="utf-8")
+        self._row = self._lines.open(step)
+        if step > 0:
+            forget_after(trainer, step)
 
 
 class StepProgressBar(ProgressBar):
     """Optimizer steps done and to do, with the newest of a few metrics; Lightning's own bar counts batches of an epoch.
 
-    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps. While the module rolls out (and
-    calls its `rollout_progress`), it tells how far that is: on a terminal twice a second, elsewhere once a minute.
+    On a terminal it is one bar, elsewhere a line every `trainer.log_every_n_steps` steps; only the first rank has one. It
+    names the phase that a step is in (the module calls its `phase_began`) and tells how far a rollout is, or the teacher's
+    answers to held-out prompts (`rollout_progress`): on a terminal twice a second, elsewhere once a minute.
 
     Args:
         shown: metrics to show, of `pl_module.step_metrics` and Lightning's logged metrics.
@@ -114,7 +135,8 @@ class StepProgressBar(ProgressBar):
         self._stream = stream
         self._bar: tqdm[Any] | None = None
         self._enabled = True
-        self._rollout_start = self._rollout_shown = 0.0
+        self._phase = "rollout"
+        self._rollout_start = self._shown_at = 0.0
 
     @override
     def disable(self) -> None:
@@ -136,25 +158,41 @@ class StepProgressBar(ProgressBar):
         self._bar = tqdm(
             total=steps, initial=trainer.global_step, desc=_TRAINING, unit="step", file=stream, mininterval=interval
         )
+        self._shown_at = time.monotonic()
         pl_module.rollout_progress = self.show_rollout  # type: ignore[assignment]
+        pl_module.phase_began = self.show_phase  # type: ignore[assignment]
+
+    def show_phase(self, name: str) -> None:
+        """Name what is done now."""
+        assert self._bar is not None
+        self._phase = name
+        if self._bar.fp.isatty() or time.monotonic() - self._shown_at >= _FILE_SECONDS:
+            self._show(name)
 
     def show_rollout(self, progress: RolloutProgress) -> None:
         """Tell how far a rollout is."""
         now = time.monotonic()
         if progress["num_forwards"] == 0:
-            self._rollout_start = self._rollout_shown = now
+            self._rollout_start = self._shown_at = now
             return
         assert self._bar is not None
-        is_terminal = self._bar.fp.isatty()
-        if now - self._rollout_shown < (_TERMINAL_SECONDS if is_terminal else _FILE_SECONDS):
-            return
-        self._rollout_shown = now
-        speed = progress["num_tokens"] / (now - self._rollout_start)
-        text = f"{_TRAINING}, rollout: {describe(progress)}, {speed:.0f} tokens/s"
-        if is_terminal:
-            self._bar.set_description(text)
+        if now - self._shown_at >= (_TERMINAL_SECONDS if self._bar.fp.isatty() else _FILE_SECONDS):
+            speed = progress["num_tokens"] / (now - self._rollout_start)
+            self._show(f"{self._phase}: {describe(progress)}, {speed:.0f} tokens/s")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell that a checkpoint is written."""
+        if self._bar is not None:
+            self.show_phase("checkpoint")
+
+    def _show(self, text: str) -> None:
+        assert self._bar is not None
+        self._shown_at = time.monotonic()
+        if self._bar.fp.isatty():
+            self._bar.set_description(f"{_TRAINING}, {text}")
         else:
-            self._bar.fp.write(f"{text}\n")
+            self._bar.fp.write(f"{_TRAINING}, {text}\n")
             self._bar.fp.flush()
 
     @override
@@ -171,6 +209,7 @@ class StepProgressBar(ProgressBar):
         self._bar.update(trainer.global_step - self._bar.n)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._bar.fp.isatty() and trainer.global_step % interval == 0:
+            self._shown_at = time.monotonic()
             self._bar.fp.write(f"{self._bar}\n")
             self._bar.fp.flush()
 
@@ -180,33 +219,8 @@ class StepProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+            pl_module.rollout_progress = pl_module.phase_began = None  # type: ignore[assignment]
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _previous_file(path: Path, step: int) -> Path | None:
-    """The newest metrics file that reaches `step`; else the newest there is; None for a fresh run."""
-    if step == 0:
-        return None
-    runs = [run for run in path.parent.glob("run_*") if run.name.removeprefix("run_").isdigit()]
-    runs.sort(key=lambda run: int(run.name.removeprefix("run_")), reverse=True)
-    files = [file for file in (path, *(run / path.name for run in runs)) if file.is_file()]
-    return next((file for file in files if _last_step(file) >= step), files[0] if files else None)
-
-
-def _last_step(path: Path) -> int:
-    return max((json.loads(line)["global_step"] for line in _whole_lines(path)), default=0)
-
-
-def _lines_until(path: Path | None, step: int) -> list[str]:
-    if path is None:
-        return []
-    return [line for line in _whole_lines(path) if json.loads(line)["global_step"] <= step]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a metrics file; a killed process may have left half of one at its end."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.startswith("{") and line.endswith("}")]

@@ -31,6 +31,8 @@ class ExactResumeLoop(_TrainingEpochLoop):
             if self._is_training_done:
                 raise StopIteration
             self._restarting = False
+        # What NeMo's callbacks log is labelled with this count. Lightning's lags by one, and once more after every restart.
+        self._batches_that_stepped = self.global_step + 1
         super().advance(data_fetcher)
 
     @override

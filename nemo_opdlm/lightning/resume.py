@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.callbacks import MetricsFile
+from nemo_opdlm.lightning.loggers import continue_wandb_run
 from nemo_opdlm.lightning.loops import ExactResumeLoop
 from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron import atomic_folder
@@ -34,6 +35,8 @@ def start_experiment(trainer: Trainer, config: Mapping[str, Any]) -> Path:
 
     folder = checkpoint_directory(config)
     atomic_folder.on_rank_zero(lambda: _tidy(folder))
+    if config.get("resume_if_exists"):
+        config = continue_wandb_run(config, log_directory(config), is_resumed=any(folder.glob("*last")))
     # The first rank first: it moves the files of an earlier run away, which the others would find half moved.
     log_dir = atomic_folder.on_rank_zero(lambda: exp_manager(trainer, config))
     if not trainer.is_global_zero:
@@ -59,10 +62,15 @@ def checkpoint_directory(config: Mapping[str, Any]) -> Path:
     params = config.get("checkpoint_callback_params") or {}
     if params.get("dirpath"):
         return Path(params["dirpath"])
+    return log_directory(config) / "checkpoints"
+
+
+def log_directory(config: Mapping[str, Any]) -> Path:
+    """Where exp_manager puts a run that resumes if it can."""
     if config.get("explicit_log_dir"):
-        return Path(config["explicit_log_dir"]) / "checkpoints"
+        return Path(config["explicit_log_dir"])
     base = Path(config.get("exp_dir") or Path.cwd() / "nemo_experiments")
-    return base / (config.get("name") or "default") / (config.get("version") or "") / "checkpoints"
+    return base / (config.get("name") or "default") / (config.get("version") or "")
 
 
 def keep_one_last(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Lightning's strategy for a model that Megatron has already distributed."""
 
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Protocol
@@ -80,6 +81,7 @@ class MegatronStrategy(DDPStrategy):
         checkpoint_io = AsyncCheckpointIO() if async_save else MegatronCheckpointIO()
         super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(minutes=timeout_minutes))
         self.parallel: ParallelContext | None = None
+        self._checkpoint_seconds = 0.0
         self._layout = {
             "tensor_model_parallel_size": tensor_model_parallel_size,
             "pipeline_model_parallel_size": pipeline_model_parallel_size,
@@ -182,6 +184,7 @@ class MegatronStrategy(DDPStrategy):
             filepath: its name, with or without `.ckpt`.
             storage_options: `include_optimizer: False` leaves the optimizer out; the rest is the checkpoint IO's.
         """
+        start = time.perf_counter()
         state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "hparams_type")}
         # Before the first step there are no moments: Megatron cannot load an optimizer without them.
         include_optimizer = (
@@ -195,6 +198,12 @@ class MegatronStrategy(DDPStrategy):
         state[_LOGGED] = dict(self._trainer.callback_metrics)
         state[SHARDED_STATE] = self._sharded_module.sharded_state_dict(include_optimizer)
         self.checkpoint_io.save_checkpoint(state, filepath, storage_options)
+        self._checkpoint_seconds += time.perf_counter() - start
+
+    def take_checkpoint_seconds(self) -> float:
+        """How long training stood still for checkpoints since this was last asked."""
+        seconds, self._checkpoint_seconds = self._checkpoint_seconds, 0.0
+        return seconds
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Any, load_optimizer_states: bool = True) -> dict[str, Any]:

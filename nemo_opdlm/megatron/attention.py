@@ -51,7 +51,7 @@ class CachedQuery:
         position_ids: ``[T]`` absolute position of each packed token, where its key and value are written.
         last_visible: ``[A, Q]`` the last position of its slot that each query token sees; it sees all before it.
         num_keys: no token sees as large a position.
-        heads: query heads of a group that are attended as further rows of one head: a group's keys are then read once.
+        joined_heads: query heads of a group that are attended as further rows of one head: a group's keys are then read once.
             1: not so, the kernel pairs heads and groups.
         is_full: whether every place of the query holds a token, T = A * Q.
         in_tiles: whether FlexAttention reads the cache where it lies.
@@ -63,7 +63,7 @@ class CachedQuery:
     position_ids: Tensor
     last_visible: Tensor
     num_keys: int
-    heads: int
+    joined_heads: int
     is_full: bool
     in_tiles: bool = False
 
@@ -71,7 +71,7 @@ class CachedQuery:
         """The query with all its tensors replaced."""
         tensors = (self.slots, self.token_row, self.token_column, self.position_ids, self.last_visible)
         return CachedQuery(
-            *(function(tensor) for tensor in tensors), self.num_keys, self.heads, self.is_full, self.in_tiles
+            *(function(tensor) for tensor in tensors), self.num_keys, self.joined_heads, self.is_full, self.in_tiles
         )
 
 
@@ -111,13 +111,13 @@ class KVCache:
         return views[0], views[1]
 
     def mask(self) -> Tensor | BlockMask:
-        """Who sees which key of its slot: in tiles, or bool ``[A, 1, heads * Q, num_keys]``."""
+        """Who sees which key of its slot: in tiles, or bool ``[A, 1, joined_heads * Q, num_keys]``."""
         query = self.query
         assert query is not None
         if query.in_tiles:
             return cached_block_mask(query.slots, query.last_visible, self.num_slots, self.length + 1)
         keys = torch.arange(query.num_keys, device=query.last_visible.device)
-        return (keys <= query.last_visible[:, :, None]).repeat(1, query.heads, 1)[:, None]
+        return (keys <= query.last_visible[:, :, None]).repeat(1, query.joined_heads, 1)[:, None]
 
     def as_numbers(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """A bool mask as what is added to scores, once for all layers: on a CPU each layer would make these numbers anew."""
@@ -268,7 +268,8 @@ class BlockDiffusionAttention(torch.nn.Module):
         plan = self.context.plan(attention_mask)
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
         if self.context.cache is not None:
-            return self.attend_cached(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan.mask)
+            grouped = query.squeeze(1).unflatten(1, (key.shape[2], -1))
+            return self.attend_cached(grouped, key.squeeze(1), value.squeeze(1), plan.mask)
         # A view of it would keep the rest of what it was cut out of, which the turned queries and keys have replaced.
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
         if isinstance(plan.mask, MaskChunks):
@@ -280,9 +281,10 @@ class BlockDiffusionAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | MaskChunks) -> Tensor:
-        """Packed query tokens ``[T, heads, head_dim]`` against the cache: ``[T, 1, heads * head_dim]``; filler gets 0.
+        """Packed query tokens ``[T, groups, heads of a group, head_dim]`` against the cache; filler gets 0.
 
-        ``mask`` is the cache's, as the plan holds it.
+        Keys ``[T, groups, head_dim]`` are stored in the dtype of the values, in which everything is computed; ``mask`` is the
+        cache's, as the plan holds it. Returns ``[T, 1, heads * head_dim]``.
         """
         cache = self.context.cache
         assert cache is not None and cache.query is not None and not isinstance(mask, MaskChunks)
@@ -291,23 +293,28 @@ class BlockDiffusionAttention(torch.nn.Module):
         query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
         keys, values = cache.update(self.layer_number, key, value)
         if isinstance(mask, BlockMask):
-            out = self._attend_in_place(query, keys, values, mask, step)
+            out = self._attend_in_place(query.flatten(1, 2).to(keys.dtype), keys, values, mask, step)
         else:
-            out = self._attend_rows(query, keys, values, cache.as_numbers(mask, query.dtype), step)
+            out = self._attend_rows(query, keys, values, cache.as_numbers(mask, keys.dtype), step)
         return (F.pad(out, (0, 0, 0, num_filler)) if num_filler else out).unsqueeze(1)
 
     def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, step: CachedQuery) -> Tensor:
         """``[T, heads * head_dim]`` from the visible keys of the rows."""
         num_rows, width = step.last_visible.shape
         if step.is_full:
-            padded = query.view(num_rows, width, *query.shape[1:])
+            padded = query.unflatten(0, (num_rows, width))
         else:
             padded = query.new_zeros(num_rows, width, *query.shape[1:])
             padded[step.token_row, step.token_column] = query
-        # [A, Q, heads, head_dim] -> [A, heads, Q, head_dim], or [A, groups, heads of a group * Q, head_dim].
-        padded = padded.unflatten(2, (-1, step.heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = self._attend(padded, keys, values, mask)
-        out = out.unflatten(2, (step.heads, width)).permute(0, 3, 1, 2, 4).flatten(2)
+        # [A, Q, groups, heads of a group, head_dim], with the heads of a group as further rows of one head, or as they are.
+        by_head = padded.permute(0, 2, 3, 1, 4)
+        by_head = torch.empty(by_head.shape, dtype=keys.dtype, device=keys.device).copy_(by_head)
+        _, groups, heads, _, _ = by_head.shape
+        if step.joined_heads > 1:
+            out = self._attend(by_head.flatten(2, 3), keys, values, mask).unflatten(2, (heads, width))
+        else:
+            out = self._attend(by_head.flatten(1, 2), keys, values, mask).unflatten(1, (groups, heads))
+        out = out.permute(0, 3, 1, 2, 4).flatten(2)
         return out.flatten(0, 1) if step.is_full else out[step.token_row, step.token_column]
 
     def _attend_in_place(

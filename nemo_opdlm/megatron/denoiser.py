@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import TokenAttributes, last_visible
-from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
+from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, WorkingMemory, propose
 from nemo_opdlm.megatron.attention import CachedQuery, KVCache
 from nemo_opdlm.megatron.head import LMHead
 from nemo_opdlm.megatron.inference import forward_chunk, suits
@@ -94,6 +94,8 @@ class MegatronDenoiser:
         self.fixed_shapes = fixed_shapes
         self.head = LMHead(model)
         self.is_lean = suits(model)
+        # A GPU keeps memory itself, and a graph has its own.
+        self._memory = None if forbidden.is_cuda else WorkingMemory()
 
     def prefill(self, query: Query) -> None:
         """Write keys and values of whole prompt blocks ``[A, Q]``."""
@@ -139,12 +141,13 @@ class MegatronDenoiser:
         logits, vocab = self.logits(hidden[forward.asked]), self.head.vocab
         forbidden = local_columns(self.forbidden, logits.shape[-1], vocab)
         if forward.is_asked is None:
-            proposal = propose(logits, forward.uniform.flatten(), self.sampling, forbidden, vocab)
+            proposal = propose(logits, forward.uniform.flatten(), self.sampling, forbidden, vocab, self._memory)
             shape = forward.uniform.shape
             return Proposal(
                 proposal.token_ids.view(shape), proposal.confidence.view(shape), proposal.entropy.view(shape)
             )
-        at_masks = propose(logits, forward.uniform[forward.is_asked], self.sampling, forbidden, vocab)
+        uniform = forward.uniform[forward.is_asked]
+        at_masks = propose(logits, uniform, self.sampling, forbidden, vocab, self._memory)
         token_ids = torch.zeros_like(forward.is_asked, dtype=torch.int64)
         token_ids[forward.is_asked] = at_masks.token_ids
         confidence, entropy = (forward.uniform.new_zeros(token_ids.shape, dtype=torch.float32) for _ in range(2))

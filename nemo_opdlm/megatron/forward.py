@@ -63,6 +63,15 @@ class RowSplit:
         multiple_of = model.token_multiple * parts_of_a_row(parallel.cp_size)
         return RowSplit(parallel.cp_rank, parallel.cp_size, multiple_of)
 
+    def filled_up_to(self, pack_to_tokens: int) -> "RowSplit":
+        """The same with every pack as long as the longest that ``pack_to_tokens`` allows."""
+        return replace(self, multiple_of=pack_to_tokens // self.multiple_of * self.multiple_of)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of this rank, where rows are filled up."""
+        return self.multiple_of // self.num_ranks
+
 
 def parts_of_a_row(context_parallel_size: int) -> int:
     """Into how many equal parts context parallelism cuts a training row: two for each rank."""

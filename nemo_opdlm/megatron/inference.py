@@ -53,15 +53,17 @@ def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
     """Grouped queries: of each group, the heads of its queries, its key and its value stand side by side."""
     core = attention.core_attention
     size, groups = core.config.kv_channels, core.config.num_query_groups
-    heads = _linear(attention.linear_qkv, hidden).contiguous().unflatten(-1, (groups, -1, size))
-    turned, value = heads[:, :, :-1], heads[:, :, -1]
+    heads = _linear(attention.linear_qkv, hidden)
+    dtype = heads.dtype
+    # Rounded once, where attention takes them; and row by row, however the product came.
+    heads = torch.empty(heads.shape, device=heads.device).copy_(heads).unflatten(-1, (groups, -1, size))
+    turned, value = heads[:, :, :-1], heads[:, :, -1].to(dtype)
     if core.config.qk_layernorm:
-        query, key = attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])
-        turned = torch.cat([query, key], dim=2)
-    context = core.context
-    plan = context.plan(stacked)
+        turned = turned.to(dtype)
+        turned = torch.cat([attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])], dim=2)
+    plan = core.context.plan(stacked)
     turned = rotate_without_gradient(turned, plan.cos, plan.sin)
-    out = core.attend_cached(turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], value, plan.mask)
+    out = core.attend_cached(turned[:, :, :-1], turned[:, :, -1], value, plan.mask)
     return _linear(attention.linear_proj, out[:, 0])
 
 

@@ -7,10 +7,10 @@ refused but for those Megatron itself writes, and `common.pt` is read weights-on
 """
 
 import io
-import json
+import math
 import pickle
 from pathlib import Path
-from typing import Any, Never
+from typing import IO, Any, Never
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,11 +23,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_opdlm.data.bounded import parse_json, read_bounded
+from nemo_opdlm.megatron.pickle_guard import check_pickle, check_torch_file
+
 METADATA = ".metadata"
 COMMON = "common.pt"
 CONFIG = "metadata.json"
 #: Byte entry in which Megatron-core >= 0.19 keeps what older versions write to `common.pt`.
 COMMON_ENTRY = "common_state/shard_0_1"
+_MAX_CONFIG_BYTES = 2**20
+_MAX_NAME = 500
+#: Longest axis of a tensor without values, which claims nothing.
+_LONGEST_EMPTY = 2**20
 
 
 class _Record:
@@ -122,7 +129,13 @@ def read_tensor_index(directory: str | Path) -> Metadata:
     return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage)  # type: ignore[arg-type]
 
 
-def load_weights_only(source: Any, path: Path, *, mmap: bool = False) -> Any:
+def count_values(metadata: Metadata) -> int:
+    """Values of all tensors of a checkpoint together."""
+    entries = metadata.state_dict_metadata.values()
+    return sum(math.prod(entry.size) for entry in entries if isinstance(entry, TensorStorageMetadata))
+
+
+def load_weights_only(source: Path | IO[bytes], path: Path, *, mmap: bool = False) -> Any:
     """What torch saved, as long as it is made of plain containers, numbers and tensors.
 
     Args:
@@ -134,6 +147,7 @@ def load_weights_only(source: Any, path: Path, *, mmap: bool = False) -> Any:
         ValueError: it is damaged or would need more than plain data; nothing in it was executed.
     """
     try:
+        check_torch_file(source)
         # Explicit, because the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes the default.
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -152,7 +166,7 @@ def load_common(directory: str | Path, metadata: Metadata) -> dict[str, Any]:
     path = directory / COMMON
     info = metadata.storage_data.get(MetadataIndex(COMMON_ENTRY))
     if path.is_file():
-        source: Any = path
+        source: Path | IO[bytes] = path
     elif info is not None:
         path = directory / info.relative_path
         with path.open("rb") as stream:
@@ -174,8 +188,9 @@ def is_extra_state(key: str) -> bool:
 
 def _read_entries(path: Path) -> tuple[dict[str, Any], dict[MetadataIndex, _StorageInfo]]:
     try:
-        with path.open("rb") as stream:
-            record = _AllowListUnpickler(stream).load()
+        content = path.read_bytes()
+        check_pickle(io.BytesIO(content), len(content))
+        record = _AllowListUnpickler(io.BytesIO(content)).load()
     except FileNotFoundError:
         _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
     except pickle.UnpicklingError as error:
@@ -186,7 +201,7 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[MetadataIndex, _Stor
         entries = _fields(record, "Metadata", "MCoreMetadata")
         tensors = {_text(key): _entry(value) for key, value in entries["state_dict_metadata"].items()}
         storage = dict(_stored(index, info) for index, info in (entries["storage_data"] or {}).items())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # any value may stand anywhere
         _refuse(path, f"is damaged ({_first_line(error)})")
     return tensors, storage
 
@@ -196,7 +211,7 @@ def _check_config(directory: Path) -> None:
         raise ValueError(f"{directory}: no such checkpoint folder")
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(path, _MAX_CONFIG_BYTES))
     except FileNotFoundError:
         _refuse(path, "is missing: the folder is no distributed checkpoint, or saving it was interrupted")
     except ValueError as error:
@@ -205,7 +220,7 @@ def _check_config(directory: Path) -> None:
     if backend == "zarr":
         _refuse(path, "says zarr: this format left Megatron-core long ago; convert with a NeMo container of its time")
     if backend != "torch_dist" or config.get("sharded_backend_version", 1) != 1:
-        _refuse(path, f"names the unknown format {backend!r}; torch_dist version 1 can be read")
+        _refuse(path, f"names the unknown format {str(backend)[:40]!r}; torch_dist version 1 can be read")
 
 
 def _check_byte_entries(path: Path, tensors: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
@@ -228,13 +243,30 @@ def _check_files(path: Path, tensors: dict[str, Any], storage: dict[MetadataInde
         if name not in sizes and not file.is_file():
             _refuse(file, "is missing, but the checkpoint needs it")
         sizes.setdefault(name, file.stat().st_size)
-        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+        if info.offset + info.length > sizes[name]:
             _refuse(file, f"is truncated: {sizes[name]} bytes, at least {info.offset + info.length} are needed")
     for key, entry in tensors.items():
-        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
-        absent = [chunk for chunk in chunks if MetadataIndex(key, chunk.offsets) not in storage]
-        if absent:
+        if isinstance(entry, TensorStorageMetadata):
+            _check_chunks(path, key, entry, storage)
+
+
+def _check_chunks(
+    path: Path, key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]
+) -> None:
+    """The parts of a tensor must lie in it, and be in the files as often as it claims: it will be allocated by its size."""
+    itemsize, stored = entry.properties.dtype.itemsize, 0
+    for chunk in entry.chunks:
+        info = storage.get(MetadataIndex(key, chunk.offsets))
+        if info is None:
             _refuse(path, f"is damaged (a part of {key!r} is nowhere stored)")
+        ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=False)]
+        if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) or any(map(int.__gt__, ends, entry.size)):
+            _refuse(path, f"is damaged (a part of {key!r} lies outside of it)")
+        if math.prod(chunk.sizes) * itemsize > info.length:
+            _refuse(path, f"is damaged (a part of {key!r} is larger than what is stored of it)")
+        stored += math.prod(chunk.sizes)
+    if math.prod(entry.size) > stored or max(entry.size, default=0) > max(stored, _LONGEST_EMPTY):
+        _refuse(path, f"is damaged (of {math.prod(entry.size)} values of {key!r}, {stored} are stored)")
 
 
 def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
@@ -243,7 +275,7 @@ def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     fields = _fields(record, "TensorStorageMetadata")
     dtype = _record(fields["properties"], "TensorProperties").state[0]
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{dtype!r} is no dtype")
+        raise ValueError(f"a {type(dtype).__name__} is no dtype")
     chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=dtype),
@@ -255,7 +287,7 @@ def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
 def _stored(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     key, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
     if place.get("transform_descriptors"):
-        raise ValueError(f"compressed entries are not read: {place['transform_descriptors']!r}")
+        raise ValueError("compressed entries are not read")
     offset = None if key.get("offset") is None else _size(key["offset"])
     stored = _StorageInfo(_text(place["relative_path"]), _integer(place["offset"]), _integer(place["length"]))
     return MetadataIndex(_text(key["fqn"]), offset), stored
@@ -284,14 +316,14 @@ def _size(record: Any) -> torch.Size:
 
 
 def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"integer expected, found {type(value).__name__}")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"size or place expected, found {'another' if type(value) is int else 'a'} {type(value).__name__}")
     return value
 
 
 def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"text expected, found {type(value).__name__}")
+    if type(value) is not str or not value.isprintable() or len(value) > _MAX_NAME:
+        raise ValueError(f"name expected, found {'another text' if type(value) is str else type(value).__name__}")
     return value
 
 
@@ -302,7 +334,7 @@ def _weights_only_reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _refuse(path: Path, problem: str) -> Never:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_opdlm.megatron.pickle_guard import is_stored
 from nemo_opdlm.megatron.safe_metadata import load_weights_only, read_tensor_index
 
 
@@ -82,6 +83,6 @@ class StoredTensors:
             stream.seek(info.offset)
             content = io.BytesIO(stream.read(info.length))
         tensor = load_weights_only(content, path)
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes or not is_stored(tensor):
             raise ValueError(f"{path} is damaged: it does not hold the part of {key} that the index promises")
         return tensor

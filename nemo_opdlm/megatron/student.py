@@ -38,6 +38,7 @@ from nemo_opdlm.megatron.offload import HostWeights
 from nemo_opdlm.megatron.optional import has_fused_weight_gradients, transformer_engine_spec
 from nemo_opdlm.megatron.parallel import ParallelContext
 from nemo_opdlm.megatron.rotary import inverse_frequencies
+from nemo_opdlm.megatron.tensor_overlap import ForwardOverlap
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,13 @@ class StagedGPT(torch.nn.ModuleList):
         super().__init__(chunks)
         self.arch, self.attention, self.options, self.parallel = arch, attention, options, parallel
         self._host_weights: HostWeights | None = None
+        self._forward_overlap = ForwardOverlap(self.modules())
+
+    def train(self, mode: bool = True) -> "StagedGPT":
+        """Training or evaluation mode."""
+        super().train(mode)
+        self._forward_overlap.switch(mode)
+        return self
 
     @property
     def config(self) -> TransformerConfig:

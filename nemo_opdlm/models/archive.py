@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_opdlm.megatron.atomic_folder import on_every_rank, on_rank_zero
 from nemo_opdlm.megatron.checkpoint import save_sharded
 from nemo_opdlm.models.archive_format import (
+    MODEL_CLASS,
     WEIGHTS,
     Archive,
     check_class,
@@ -22,7 +23,7 @@ from nemo_opdlm.models.archive_format import (
     make_scratch,
     write_nemo,
 )
-from nemo_opdlm.models.conversion import load_archive
+from nemo_opdlm.models.conversion import archive_architecture, load_archive
 from nemo_opdlm.models.foreign import open_checkpoint, read_settings
 
 
@@ -109,6 +110,8 @@ def restore_opened(
         ValueError: the archive is refused; one line that names the file.
     """
     check_class(archive, calling_cls.__name__)
+    if calling_cls.__name__ == MODEL_CLASS:
+        archive_architecture(archive, archive.config)  # refuses what would be allocated in vain
     model = _build(calling_cls, archive, settings, trainer)
     if map_location is not None:
         model = model.to(map_location)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from nemo_opdlm.convert.plain_settings import MAX_YAML_BYTES, check_yaml, one_line
+from nemo_opdlm.data.bounded import read_bounded
 from nemo_opdlm.models.safe_tar import ArchiveError, extract, read_member
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Archive:
         config: the model's settings, without the bookkeeping of tokenizer files.
         weights: folder of the distributed checkpoint; of a checkpoint of another kind, its whole tensors by name.
         tokenizer: folder with the tokenizer files under their own names; None if there are none.
+        stored_values: values of all tensors of a distributed checkpoint; None of another kind.
     """
 
     source: Path
@@ -69,6 +72,7 @@ class Archive:
     config: dict[str, Any]
     weights: "Path | Mapping[str, Tensor]"
     tokenizer: Path | None
+    stored_values: int | None = None
 
 
 def read_archive_config(path: str | Path) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def read_archive_config(path: str | Path) -> dict[str, Any]:
         ArchiveError: it is no archive, or its settings cannot be read.
     """
     path = existing(path)
-    text = _read_config_file(path) if path.is_dir() else read_member(path, CONFIG)
+    text = _read_config_file(path) if path.is_dir() else read_member(path, CONFIG, MAX_YAML_BYTES)
     return _parse_config(path, text)[0]
 
 
@@ -106,8 +110,8 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
         _check_layout(path, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
         tokenizer = _lay_out_tokenizer(path, folder, tokenizer_files, Path(temporary) / "tokenizer")
         with naming(path, folder):
-            _check_weights(folder)
-            yield Archive(path, folder, config, folder / WEIGHTS, tokenizer)
+            stored_values = _check_weights(folder)
+            yield Archive(path, folder, config, folder / WEIGHTS, tokenizer, stored_values)
 
 
 def write_nemo(
@@ -213,6 +217,25 @@ def check_target(source: str | Path | None, config: Mapping[str, Any], name: str
         )
 
 
+def check_plain(config: Any, what: str) -> None:
+    """Refuse settings with a reference: it could read the environment of whoever opens the archive.
+
+    The values are looked at, not their text: YAML has other ways to write a dollar sign.
+
+    Raises:
+        ArchiveError: there is one.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            check_plain(key, what)
+            check_plain(value, what)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_plain(value, what)
+    elif isinstance(config, str) and "${" in config:
+        raise ArchiveError(f"{what} holds a ${{...}} reference; settings of an archive are plain values")
+
+
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without places of one machine: known path keys and absolute paths go, a tokenizer keeps its name."""
 
@@ -275,37 +298,36 @@ def _check_layout(path: Path, names: list[str]) -> None:
     for pattern, what in _OTHER_LAYOUTS:
         found = [name for name in names if re.search(pattern, name)]
         if found:
-            raise ArchiveError(f"{path}: {found[0]} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read")
+            raise ArchiveError(f"{path}: {found[0][:200]} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read")
     if not any(name.startswith(f"{WEIGHTS}/") for name in names):
         raise ArchiveError(f"{path}: {WEIGHTS}/ is missing: the archive holds no weights")
 
 
 def _read_config_file(folder: Path, source: Path | None = None) -> bytes:
     try:
-        return (folder / CONFIG).read_bytes()
-    except OSError as error:
-        raise ArchiveError(f"{source or folder}: {CONFIG} cannot be read: {error.strerror}") from error
+        return read_bounded(folder / CONFIG, MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix(str(folder / CONFIG)).strip()
+        raise ArchiveError(f"{source or folder}: {CONFIG} {reason}") from error
 
 
 def _parse_config(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and tokenizer members (file name -> member)."""
     try:
+        check_yaml(text.decode("utf-8"))
         config = OmegaConf.to_container(OmegaConf.create(text.decode("utf-8")), resolve=False)
     except Exception as error:  # yaml and OmegaConf raise errors of many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArchiveError(f"{path}: {CONFIG} cannot be read: {reason}") from error
+        raise ArchiveError(f"{path}: {CONFIG} cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict) or not config:
         raise ArchiveError(f"{path}: {CONFIG} holds no settings")
-    if b"${" in text:
-        # They could read the environment of whoever opens the archive.
-        raise ArchiveError(f"{path}: {CONFIG} holds a ${{...}} reference; settings of an archive are plain values")
+    check_plain(config, f"{path}: {CONFIG}")
     tokenizer = config.get("tokenizer")
     files = tokenizer.pop("files", None) if isinstance(tokenizer, dict) else None
     members = {}
     for reference in files.values() if isinstance(files, dict) else ():
         member = str(reference).removeprefix("nemo:")
-        if not re.fullmatch(r"[0-9a-f]{32}_[^/\\]+", member):
-            raise ArchiveError(f"{path}: {CONFIG} refers to {reference!r}, which is no member of an archive")
+        if not re.fullmatch(r"[0-9a-f]{32}_\w[\w.-]*", member):
+            raise ArchiveError(f"{path}: {CONFIG} refers to {member[:200]!r}, which is no member of an archive")
         members[member[33:]] = member
     return config, members  # type: ignore[return-value]
 
@@ -321,11 +343,11 @@ def _lay_out_tokenizer(path: Path, folder: Path, files: Mapping[str, str], targe
     return target
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse damaged weights, and weights that would execute something when loaded."""
-    from nemo_opdlm.megatron.safe_metadata import check  # torch.distributed: reading the settings does without
+def _check_weights(folder: Path) -> int:
+    """Refuse damaged weights, and weights that would execute something when loaded; the number of their values."""
+    from nemo_opdlm.megatron.safe_metadata import check, count_values  # torch.distributed: the settings do without
 
-    check(folder / WEIGHTS)
+    return count_values(check(folder / WEIGHTS))
 
 
 # -- writing --

@@ -1,7 +1,7 @@
 """A checkpoint of another kind -> ``.nemo`` archive, and an archive -> Hugging Face folder; needs Megatron, not NeMo."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -11,14 +11,18 @@ import torch
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.convert.hf_folder import check_output_is_free
-from nemo_opdlm.convert.hugging_face import HfImport, HfOrigin, megatron_to_hf
+from nemo_opdlm.convert.hugging_face import HfImport, megatron_to_hf, read_origin
+from nemo_opdlm.convert.plain_settings import one_line
 from nemo_opdlm.convert.sdar import check_is_sdar, megatron_to_sdar
+from nemo_opdlm.convert.setting_values import count, section, token_ids
+from nemo_opdlm.data.shown import shown
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.megatron.atomic_folder import on_every_rank
 from nemo_opdlm.megatron.checkpoint import load_sharded, load_whole, write_sharded
 from nemo_opdlm.megatron.parallel import initialize
 from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 from nemo_opdlm.models.archive_format import (
+    WEIGHTS,
     Archive,
     ArchiveError,
     check_class,
@@ -125,17 +129,43 @@ def load_archive(archive: Archive, wanted: dict[str, Any], vocab_size: int, *, s
 
 
 def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> Architecture:
-    """The network that an archive's settings describe.
+    """The network that an archive's settings describe, once all of them are known to be what they must be.
 
     Raises:
-        ArchiveError: settings are missing or describe no network.
+        ArchiveError: settings are missing, are none, or describe no network or one that is larger than the weights.
     """
     source = archive.source if isinstance(archive, Archive) else archive
     known = {field.name: config[field.name] for field in fields(Architecture) if config.get(field.name) is not None}
     try:
-        return Architecture(**known)  # type: ignore[arg-type]
+        arch = Architecture(**known)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise ArchiveError(f"{source}: model_config.yaml describes no network: {error}") from error
+        raise ArchiveError(f"{source}: model_config.yaml describes no network: {one_line(error)}") from error
+    stored = archive.stored_values if isinstance(archive, Archive) else None
+    if stored is not None and arch.num_parameters > stored:
+        raise ArchiveError(
+            f"{source}: model_config.yaml describes a network of {arch.num_parameters:.3g} values, {WEIGHTS}/ holds {stored}"
+        )
+    try:
+        _check_settings(config)
+    except (TypeError, ValueError) as error:
+        raise ArchiveError(f"{source}: model_config.yaml: {one_line(error)}") from error
+    return arch
+
+
+def _check_settings(config: Mapping[str, Any]) -> None:
+    """What is looked up in an archive's settings besides the network."""
+    if str(config.get("precision", "32")) not in PRECISIONS:
+        raise ValueError(f"precision={shown(config['precision'])} is none of {', '.join(PRECISIONS)}")
+    opdlm = section(config, "opdlm")
+    token_ids(opdlm, "mask_token_id")
+    token_ids(section(opdlm, "rollout"), "end_token_ids")
+    if opdlm.get("block_size") is not None:
+        count("block_size", opdlm["block_size"])
+    section(config, "tokenizer")
+    origin = section(config, "origin")
+    if origin:
+        read_origin(origin)
+    token_ids(section(origin, "generation_config"), "eos_token_id")
 
 
 def checkpoint_architecture(path: str | Path, tokenizer: str | None = None) -> Architecture:
@@ -162,7 +192,7 @@ def open_model(path: str | Path) -> Iterator[tuple[StagedGPT, Archive]]:
     with open_checkpoint(path) as archive:
         check_class(archive)
         arch = archive_architecture(archive, archive.config)
-        dtype = PRECISIONS[str(archive.config["precision"])]
+        dtype = PRECISIONS[str(archive.config.get("precision", "32"))]
         model = build_model(arch, initialize(), AttentionRule.CAUSAL, ModelOptions(params_dtype=dtype, initialize=False))
         read_weights(model, archive)
         yield model, archive
@@ -182,7 +212,7 @@ def convert_nemo_to_hf(source: str | Path, output: str | Path, output_format: st
     """
     check_output_is_free(Path(output))
     with open_model(source) as (model, archive):
-        origin = HfOrigin(**archive.config["origin"])
+        origin = read_origin(section(archive.config, "origin"))
         state = {name: value for name, value in model[0].state_dict().items() if not name.endswith("_extra_state")}
         dtype = PRECISIONS[precision] if precision else None
         files = tokenizer_files(archive)

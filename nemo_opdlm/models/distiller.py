@@ -1,8 +1,6 @@
 """On-policy distillation: one update at a time, in the paper's five moves."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +19,10 @@ from nemo_opdlm.megatron.forward import RowSplit, forward_backward
 from nemo_opdlm.megatron.network import Network
 from nemo_opdlm.megatron.optimizer import StudentOptimizer
 from nemo_opdlm.megatron.step import MASK_RATIOS, distillation_loss, micro_batches, total
+from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher, TeacherTargets
 from nemo_opdlm.models.method import Method
+from nemo_opdlm.models.phases import Phases
 
 Metrics = dict[str, float]
 
@@ -69,6 +69,7 @@ class OnPolicyDistiller:
         prompts: the training prompts.
         step: steps the optimizer and returns the gradient norm; Lightning counts updates by it.
         on_progress: told how far each batch of a rollout is, before each of its forwards.
+        on_phase: told which part of an update begins.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class OnPolicyDistiller:
         prompts: PromptDataset,
         step: Callable[[], float] | None = None,
         on_progress: Callable[[RolloutProgress], None] | None = None,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -90,6 +92,7 @@ class OnPolicyDistiller:
         self.prompts = prompts
         self.step = step or optimizer.step
         self.on_progress = on_progress
+        self.phases = Phases(student.parallel.device, on_phase)
         rollout = config.opdlm.rollout
         self.schedule = PromptSchedule(
             len(prompts), rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.seed
@@ -97,6 +100,7 @@ class OnPolicyDistiller:
         self.updates_per_rollout = config.updates_per_rollout
         self.batch: RolloutBatch | None = None
         self.loss = distillation_loss(student.head, method.divergence)
+        self.split = training_split(config, student.model)
         self.num_generated_tokens = 0
         self.num_trained_tokens = 0
         self.num_skipped = 0
@@ -134,7 +138,7 @@ class OnPolicyDistiller:
         """Responses to the prompts of this rollout step, by the student (or the teacher, off policy)."""
         samples = self.schedule.indices(rollout_step)
         self.student.finish_param_sync()
-        with _timed("rollout", metrics):
+        with self.phases.timed("rollout", metrics):
             trajectory = self._respond(rollout_step, samples)
         metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))
         self.num_generated_tokens += int(trajectory.response_len.sum())
@@ -181,7 +185,7 @@ class OnPolicyDistiller:
         """This data-parallel rank's rollouts, and the targets of all their response tokens from one causal pass."""
         rows = self._rows_of_rank(trajectory)
         trajectory, states = trajectory.index(rows), states.index(rows)
-        with _timed("teacher", metrics):
+        with self.phases.timed("teacher", metrics):
             return Share(trajectory, states, self._targets(trajectory))
 
     def next_epoch(self, batch: RolloutBatch, epoch: int) -> RolloutBatch:
@@ -201,7 +205,7 @@ class OnPolicyDistiller:
 
     def accumulate_gradients(self, batch: RolloutBatch, index: int, metrics: Metrics) -> None:
         """Forward and backward passes of update number ``index`` of the batch's epoch."""
-        with _timed("student", metrics):
+        with self.phases.timed("student", metrics):
             size = self.config.global_batch_size // self.student.parallel.dp_size
             parts = micro_batches(
                 batch.share.trajectory,
@@ -210,7 +214,7 @@ class OnPolicyDistiller:
                 torch.arange(index * size, (index + 1) * size, device=self.student.parallel.device),
                 Normalization(self.config.opdlm.normalization),
                 self.config.micro_batch_size,
-                RowSplit.over_context(self.student.model),
+                self.split,
                 self._forbidden_where_comparable(batch.epoch, index),
                 self.config.opdlm.pack_to_tokens,
                 self.config.opdlm.ar_loss_weight,
@@ -230,7 +234,7 @@ class OnPolicyDistiller:
     def take_step(self, metrics: Metrics) -> None:
         """Clip, update the weights, advance the learning rate."""
         metrics["train/lr"] = self.optimizer.lr
-        with _timed("optimizer", metrics):
+        with self.phases.timed("optimizer", metrics):
             metrics["train/grad_norm"] = self.step()
         metrics["generated_tokens"] = float(self.num_generated_tokens)
         metrics["trained_tokens"] = float(self.num_trained_tokens)
@@ -303,6 +307,15 @@ class OnPolicyDistiller:
         self.batch = RolloutBatch(rollout_step, epoch, trajectory, states, self.share_out(trajectory, states, {}))
 
 
+def training_split(config: ModelConfig, student: StagedGPT) -> RowSplit:
+    """How training rows are cut over context-parallel ranks, and what they are filled up to."""
+    split, pack_to_tokens = RowSplit.over_context(student), config.opdlm.pack_to_tokens
+    if not student.config.tp_comm_overlap:
+        return split
+    assert pack_to_tokens is not None
+    return split.filled_up_to(pack_to_tokens)
+
+
 def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, dp_size: int) -> Tensor:
     """The rollouts that a data-parallel rank trains on, update after update: ``global_batch_size / dp_size`` of each.
 
@@ -311,13 +324,6 @@ def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, d
     lengths = trajectory.prompt_len + trajectory.response_len
     updates = torch.arange(len(trajectory), device=lengths.device).split(global_batch_size)
     return torch.cat([rows[lengths[rows].argsort(stable=True)][dp_rank::dp_size] for rows in updates])
-
-
-@contextmanager
-def _timed(name: str, metrics: Metrics) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    metrics[f"time/{name}_s"] = time.perf_counter() - start
 
 
 def _rollout_metrics(trajectory: Trajectory, seconds: float) -> Metrics:

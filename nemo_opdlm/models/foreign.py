@@ -22,6 +22,7 @@ from nemo_opdlm.models.archive_format import (
     MODEL_CLASS,
     TARGET,
     Archive,
+    check_plain,
     existing,
     naming,
     open_nemo,
@@ -176,8 +177,11 @@ def archive_config(imported: HfImport, block_size: int = BLOCK_SIZE) -> dict[str
     Args:
         imported: the model.
         block_size: proposed for training; an SDAR folder's own wins.
+
+    Raises:
+        ArchiveError: the checkpoint's texts hold what no archive may hold.
     """
-    return {
+    config = {
         "target": TARGET,
         **asdict(imported.architecture),
         "precision": precision_name(getattr(torch, imported.origin.dtype)),
@@ -187,6 +191,8 @@ def archive_config(imported: HfImport, block_size: int = BLOCK_SIZE) -> dict[str
         },
         "origin": imported.origin.as_dict(),
     }
+    check_plain(config, "the model's generation_config or mask token")
+    return config
 
 
 def _open_hugging_face(path: Path, choices: Choices) -> HfImport:

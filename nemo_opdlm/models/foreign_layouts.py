@@ -14,6 +14,8 @@ from nemo_opdlm.convert.megatron_import import MegatronModel
 from nemo_opdlm.convert.megatron_tensors import DistributedWeights
 from nemo_opdlm.convert.plain_settings import read_fiddle_json, read_yaml
 from nemo_opdlm.convert.rank_files import FILE, RANK_FOLDER, RankFiles
+from nemo_opdlm.data.bounded import read_bounded
+from nemo_opdlm.megatron.pickle_guard import is_stored
 from nemo_opdlm.megatron.safe_metadata import load_weights_only
 from nemo_opdlm.models.archive_format import CONFIG, WEIGHTS, read_archive_config
 from nemo_opdlm.models.safe_tar import ArchiveError
@@ -150,7 +152,7 @@ def _latest_iteration(folder: Path) -> Path:
     if (folder / RUN_CONFIG).is_file():
         return folder
     tracker = next(folder / name for name in TRACKERS if (folder / name).is_file())
-    latest = _train_state_step(tracker) if tracker.suffix == ".pt" else tracker.read_text("utf-8", "replace").strip()
+    latest = _train_state_step(tracker) if tracker.suffix == ".pt" else _tracked_text(tracker)
     if not re.fullmatch(r"[0-9]{1,18}|release", latest):
         raise ArchiveError(f"{tracker} names no iteration: {latest[:40]!r}")
     name = latest if latest == "release" else f"iter_{int(latest):07d}"
@@ -159,10 +161,16 @@ def _latest_iteration(folder: Path) -> Path:
     return folder / name
 
 
+def _tracked_text(path: Path) -> str:
+    return read_bounded(path, 100).decode("utf-8", "replace").strip()
+
+
 def _train_state_step(path: Path) -> str:
     state = load_weights_only(path, path)
     step = state.get("step") if isinstance(state, dict) else None
-    return str(step.item() if isinstance(step, Tensor) and step.numel() == 1 else step)
+    if isinstance(step, Tensor) and is_stored(step) and step.numel() == 1:
+        step = step.item()
+    return str(step) if isinstance(step, int) and abs(step) < 10**18 else type(step).__name__
 
 
 def _section(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

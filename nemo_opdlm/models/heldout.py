@@ -1,11 +1,12 @@
 """The held-out divergence: one fixed set of half-masked states, comparable over time and not gamed by degenerate text."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from nemo_opdlm.diffusion.settings import RolloutSettings
+from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, random_mask
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec
@@ -42,6 +43,7 @@ class HeldoutSet:
         prompt_len: torch.Tensor,
         response_length: int,
         settings: RolloutSettings,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
     ) -> "HeldoutSet":
         """Sample the teacher at temperature 1 and mask each block with its own t ~ U(0, 1); every rank calls this.
 
@@ -51,6 +53,7 @@ class HeldoutSet:
             prompt_ids, prompt_len: held-out prompts ``[B, P]``.
             response_length: tokens per answer.
             settings: block size, mask and end tokens; its seed and step make the set reproducible.
+            on_progress: told how far the answers are.
         """
         parallel = teacher.network.parallel
         limit = torch.full_like(prompt_len, response_length)
@@ -58,7 +61,7 @@ class HeldoutSet:
 
         def respond(rows: torch.Tensor) -> Trajectory:
             prompts = (prompt_ids[rows], prompt_len[rows], limit[rows], numbers[rows])
-            return engine.generate_autoregressive(*prompts, settings)
+            return engine.generate_autoregressive(*prompts, settings, on_progress)
 
         trajectory = respond_together(respond, limit, parallel)
         states = random_mask(

@@ -33,15 +33,17 @@ _RECORD_BYTES, _STATE_BYTES = 16, 9
 
 
 def plan_run(config: Config) -> RunPlan:
-    """The plan of a configuration whose checkpoints are there; none of their weights is read.
+    """The plan of a configuration; without `model.restore_from_path`, of the network that its keys describe.
 
-    It is one for GPUs unless `trainer.accelerator` is `cpu`, and for the Adam that Megatron would find here.
+    No weights are read. It is a plan for GPUs unless `trainer.accelerator` is `cpu`, and for the Adam that Megatron would find
+    here.
 
     Raises:
-        ValueError, OSError: a checkpoint cannot be read or contradicts the configuration; one line.
+        ValueError, OSError: a checkpoint cannot be read or contradicts the configuration, or there is neither a checkpoint
+            nor a network; one line.
     """
     model = config.model
-    student = checkpoint_architecture(str(model.restore_from_path), model.tokenizer.type)
+    student = _student(config)
     validate_architecture(config, student)
     teacher = student
     if model.teacher_path != model.restore_from_path:
@@ -51,6 +53,19 @@ def plan_run(config: Config) -> RunPlan:
     on_gpu = config.trainer.accelerator != "cpu"
     stages = plan_memory(config, student, teacher, on_gpu=on_gpu, fused_adam=fused_adam and on_gpu)
     return RunPlan(RowLimits.of(model, student.max_position_embeddings), stages)
+
+
+def _student(config: Config) -> Architecture:
+    model = config.model
+    if model.restore_from_path is not None:
+        return checkpoint_architecture(model.restore_from_path, model.tokenizer.type)
+    described = Architecture.from_keys(vars(model))
+    if described is None:
+        raise ValueError(
+            "model.restore_from_path=None must be given, or the network's shape instead: a choice of the group model, "
+            "e.g. model=qwen3_4b"
+        )
+    return described
 
 
 def plan_memory(
@@ -288,7 +303,9 @@ class _Planner:
         row, ranks, pack = self._row, model.context_parallel_size, model.opdlm.pack_to_tokens
         rows, length = model.micro_batch_size, -(-row.two_stream // multiple) * multiple
         if pack is not None:
-            whole = min(pack // multiple * multiple, self._rollouts_of_update * row.two_stream)
+            whole = pack // multiple * multiple
+            if not model.ub_tp_comm_overlap:  # which wants every pack filled up
+                whole = min(whole, self._rollouts_of_update * row.two_stream)
             rows, length = 1, -(-whole // multiple) * multiple
         # A state sees the clean tokens of earlier blocks and its own block.
         return Tokens(rows, length, self._kernel(self._student, length, ranks), row.blocks, ranks)

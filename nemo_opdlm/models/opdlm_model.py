@@ -1,5 +1,6 @@
 """``OPDLMModel``: the composition root. NeMo and Lightning drive it, ``distiller.py`` does the method."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.settings import RolloutProgress
+from nemo_opdlm.lightning.loggers import NEMO_NAMES
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
+from nemo_opdlm.lightning.samples import Sample
 from nemo_opdlm.megatron import optimizer as megatron_optimizer
+from nemo_opdlm.megatron import tensor_overlap
 from nemo_opdlm.megatron.effective import effective_settings
 from nemo_opdlm.megatron.parallel import ParallelContext, initialize
 from nemo_opdlm.megatron.student import build_model
@@ -28,7 +32,9 @@ from nemo_opdlm.models.conversion import PREFIX
 from nemo_opdlm.models.distiller import Metrics, OnPolicyDistiller
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.method import Method, SpecialTokens
+from nemo_opdlm.models.peak_flops import peak_tflops
 from nemo_opdlm.models.precision import precision_name
+from nemo_opdlm.models.samples import read_samples, tokenizer_of
 from nemo_opdlm.models.settings import (
     HELDOUT_SAMPLING,
     heldout_settings,
@@ -36,6 +42,7 @@ from nemo_opdlm.models.settings import (
     model_section,
     optimizer_settings,
 )
+from nemo_opdlm.models.throughput import Throughput
 
 
 class _Updates(Dataset[int]):
@@ -87,10 +94,12 @@ class OPDLMModel(ModelPT):
         folder = self.config.tokenizer.type
         #: Name -> content, for the archive.
         self.tokenizer_files = {} if folder is None else read_tokenizer_files(Path(folder))
+        self._tokenizer: Any = None
         self.tokens: SpecialTokens | None = None
         self.step_metrics: Metrics = {}
-        #: Whoever wants to be told how far a rollout is.
+        #: Whoever wants to be told how far a rollout is, and which part of a step begins.
         self.rollout_progress: Callable[[RolloutProgress], None] | None = None
+        self.phase_began: Callable[[str], None] | None = None
         # A tuple hides the teacher from nn.Module, and so from every state dict and checkpoint.
         self._unregistered: tuple[Any, ...] = ()
         self._train_prompts: PromptDataset | None = None
@@ -163,8 +172,18 @@ class OPDLMModel(ModelPT):
             self._train_prompts,
             step=lambda: self.optimizers().step(),  # type: ignore[union-attr,return-value]
             on_progress=self._tell_progress,
+            on_phase=self._tell_phase,
         )
         self._unregistered = (self.teacher, distiller)
+        if self.model.config.tp_comm_overlap:
+            tensor_overlap.start(self.model.config, self.parallel, distiller.split.num_columns)
+        self._throughput = Throughput(
+            self.config,
+            self.arch,
+            None if self.teacher is None else self.teacher.network.arch,
+            self.trainer.world_size,
+            peak_tflops(self.config.device_peak_tflops, self.parallel.device, self.trainer.precision),
+        )
         self.setup_training_data(self.cfg.data.train_ds)
         if self._heldout_prompts is not None:
             self.setup_validation_data(self.cfg.data.validation_ds)
@@ -174,6 +193,10 @@ class OPDLMModel(ModelPT):
     def _tell_progress(self, progress: RolloutProgress) -> None:
         if self.rollout_progress is not None:
             self.rollout_progress(progress)
+
+    def _tell_phase(self, name: str) -> None:
+        if self.phase_began is not None:
+            self.phase_began(name)
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """One item per update of an epoch over the training prompts."""
@@ -191,16 +214,32 @@ class OPDLMModel(ModelPT):
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
-        metrics = self.distiller.update(self.global_step)
+        global_step, start = self.global_step, time.perf_counter()
+        metrics = self.distiller.update(global_step)
+        assert self.distiller.batch is not None
+        index = global_step % self.config.updates_per_epoch
+        seconds = time.perf_counter() - start
+        metrics |= self._throughput.metrics(self.distiller.batch, index, metrics, seconds)
         self.step_metrics = metrics
-        names = {"reduced_train_loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm"}
-        self.log_dict({**metrics, **{nemo: metrics[ours] for nemo, ours in names.items()}}, batch_size=1)
+        same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items()}
+        # For checkpoints and early stopping to monitor; MetricsFile writes them to the loggers.
+        self.log_dict({**metrics, **same}, batch_size=1, logger=False)
+
+    def samples(self, count: int) -> list[Sample]:
+        """The first rollouts of the batch that the last update trained on, as text."""
+        batch = self.distiller.batch
+        assert batch is not None
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.config.tokenizer, self.tokenizer_files)
+        return read_samples(batch.trajectory, batch.rollout_step, count, self._tokenizer)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """``val_loss``: the held-out divergence."""
         self._optimizer.network.finish_param_sync()
-        value = self.heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
-        self.log("val_loss", value, batch_size=1)
+        heldout = self.heldout
+        self._tell_phase("validation")
+        value = heldout.divergence(self.model, self.config.data.validation_ds.num_samples)
+        self.log("val_loss", value, batch_size=1, logger=False)
 
     @property
     def heldout(self) -> HeldoutSet:
@@ -211,6 +250,7 @@ class OPDLMModel(ModelPT):
 
     def _build_heldout(self) -> HeldoutSet:
         assert self.teacher is not None
+        self._tell_phase("held-out answers")
         validation, method = self.config.data.validation_ds, self.method
         count = min(validation.num_samples, len(self.heldout_prompts))
         prompts = collate([self.heldout_prompts[i] for i in range(count)], method.pad_id)
@@ -220,6 +260,7 @@ class OPDLMModel(ModelPT):
             *(tensor.to(self.parallel.device) for tensor in prompts),
             validation.response_length,
             heldout_settings(method),
+            self._tell_progress,
         )
 
     def on_train_end(self) -> None:
@@ -229,12 +270,14 @@ class OPDLMModel(ModelPT):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a sharded tensor: the unfinished rollout batch and the schedule."""
         checkpoint["opdlm"] = self.distiller.state_dict()
+        checkpoint["device_hours"] = self._throughput.device_hours
         checkpoint["lr_scheduler"] = self._optimizer.scheduler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the schedule and continue the unfinished rollout batch; the strategy loads checkpoints after ``setup``."""
         self._optimizer.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.distiller.load_state_dict(checkpoint["opdlm"])
+        self._throughput.device_hours = checkpoint.get("device_hours", 0.0)
 
     @property
     def vocab_size(self) -> int:

@@ -63,7 +63,12 @@ def model_options(config: ModelConfig, precision: str) -> ModelOptions:
         token_multiple=token_multiple(config),
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
         attention=config.opdlm.attention,
-        transformer_config={**_recomputation(config), **_fp8(config), **config.mcore_customization_config},
+        transformer_config={
+            **_recomputation(config),
+            **_fp8(config),
+            **({"tp_comm_overlap": True} if config.ub_tp_comm_overlap else {}),
+            **config.mcore_customization_config,
+        },
     )
 
 
@@ -73,9 +78,13 @@ def token_multiple(config: ModelConfig) -> int:
 
 
 def teacher_options(config: ModelConfig, student: ModelOptions) -> ModelOptions:
-    """How the teacher is held: as the student but for ``model.opdlm.teacher.precision``, and never in FP8."""
-    fields_but_fp8 = {name: value for name, value in student.transformer_config.items() if name not in _FP8_FIELDS}
-    options = replace(student, token_multiple=1, transformer_config=fields_but_fp8)
+    """How the teacher is held: as the student but for ``model.opdlm.teacher.precision``, and never in FP8.
+
+    Its passes have many shapes, so it does without user buffers, too.
+    """
+    of_training = (*_FP8_FIELDS, "tp_comm_overlap")
+    others = {name: value for name, value in student.transformer_config.items() if name not in of_training}
+    options = replace(student, token_multiple=1, transformer_config=others)
     precision = config.opdlm.teacher.precision
     if precision is None:
         return options

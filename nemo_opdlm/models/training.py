@@ -25,7 +25,9 @@ from nemo_opdlm.data.prompts import PromptDataset, load_prompts
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.layout import BlockLayout
 from nemo_opdlm.lightning.callbacks import StepProgressBar
+from nemo_opdlm.lightning.loggers import finished_loggers
 from nemo_opdlm.lightning.resume import start_experiment
+from nemo_opdlm.lightning.samples import SampleLog
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 from nemo_opdlm.megatron import flex
 from nemo_opdlm.megatron.atomic_folder import on_rank_zero
@@ -85,12 +87,16 @@ def train(config: Config) -> OPDLMModel:
         model, config = restore(config, trainer)
         manager = _named(config)
         try:
-            start_experiment(trainer, to_container(manager))
+            log_dir = start_experiment(trainer, to_container(manager))
         except OSError as error:
             folder = manager.explicit_log_dir or manager.exp_dir or "nemo_experiments"
             raise OSError(f"exp_manager cannot write to {folder}: {error}") from error
+        if (every := config.model.log_samples_every_n_steps) is not None:
+            # Ahead of the checkpoint callback, as the metrics are.
+            trainer.callbacks.insert(0, SampleLog(log_dir, every, config.model.num_logged_samples))  # type: ignore[attr-defined]
         logging.info(f"Experiment configuration\n{OmegaConf.to_yaml(OmegaConf.create(to_container(config)))}")
-        trainer.fit(model)
+        with finished_loggers(trainer):
+            trainer.fit(model)
     return model
 
 

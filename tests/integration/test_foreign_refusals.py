@@ -157,6 +157,14 @@ BROKEN: dict[str, tuple[Write, str]] = {
         with_state(lambda state: state.update({f"model.{Q}": torch.zeros(128, 32, dtype=torch.int8)})),
         f"tensor {Q} is stored as torch.int8",
     ),
+    "repeated-value": (
+        with_state(lambda state: state.update({f"model.{Q}": torch.zeros(1).expand(128, 32)})),
+        f"tensor model.{Q} is larger than what is stored of it",
+    ),
+    "sparse-tensor": (
+        with_state(lambda state: state.update({f"model.{Q}": torch.zeros(128, 32).to_sparse()})),
+        f"tensor model.{Q} is larger than what is stored of it, or not dense",
+    ),
     "another-head": (
         with_state(lambda state: state.update({"model.output_layer.weight": torch.zeros(48, 32)})),
         "output_layer.weight differs from embedding.word_embeddings.weight",

@@ -194,6 +194,7 @@ def ours(
     batch: tuple[Trajectory, DenoisingState] | None = None,
     pack_to_tokens: int | None = None,
     ar_loss_weight: float = 0.0,
+    fills_packs: bool = False,
     **options: Any,
 ) -> Outcome:
     """The update as training makes it: Megatron's DDP, schedule and gradient buffers."""
@@ -208,6 +209,9 @@ def ours(
     targets = teacher.targets(trajectory, spec)
     rows = torch.arange(len(trajectory))
     split = RowSplit.over_context(model)
+    if fills_packs:
+        assert pack_to_tokens is not None
+        split = split.filled_up_to(pack_to_tokens)
     parts = micro_batches(
         trajectory,
         states,
@@ -219,7 +223,8 @@ def ours(
         pack_to_tokens=pack_to_tokens,
         ar_loss_weight=ar_loss_weight,
     )
-    assert all(part.token_ids.shape[1] % model.options.token_multiple == 0 for part in parts)
+    assert all(part.token_ids.shape[1] % split.multiple_of == 0 for part in parts)
+    assert not fills_packs or {part.token_ids.shape for part in parts} == {(1, split.num_columns)}
     optimizer.zero_grad()
     sums = forward_backward(network, parts, distillation_loss(head_type(model), spec))
     loss = sum(float(part["loss_sum"]) for part in sums) / sum(float(part["count"]) for part in sums)
@@ -285,6 +290,13 @@ def test_tokens_that_fill_up_fp8s_tiles_never_reach_the_loss(problem: Problem, t
     plain, padded = ours(problem), ours(problem, token_multiple=token_multiple)
     assert padded.loss == pytest.approx(plain.loss, rel=1e-6)
     assert_same(plain.gradients, padded.gradients, 1e-5)
+
+
+def test_packs_that_user_buffers_want_filled_have_the_same_loss(problem: Problem) -> None:
+    plain = ours(problem, pack_to_tokens=150)
+    filled = ours(problem, pack_to_tokens=150, token_multiple=16, fills_packs=True)
+    assert filled.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert_same(plain.gradients, filled.gradients, 1e-5)
 
 
 def modes() -> Iterator[DivergenceSpec]:

@@ -41,6 +41,13 @@ def test_a_plan_needs_the_shape_of_a_network_and_no_weights(
     assert "Pipeline stages" not in " ".join(lines)
 
 
+def test_without_a_checkpoint_the_network_of_a_group_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("plan.py", "experiment=paper_8b", "parallel=tp2") == 0
+    assert "Memory of a GPU: " in capsys.readouterr().out
+    assert run_script("plan.py", "experiment=paper") == 2
+    assert "a choice of the group model, e.g. model=qwen3_4b" in capsys.readouterr().err
+
+
 def test_pipeline_stages_have_a_line_each(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_opdlm.models.conversion import convert_hf_to_nemo
 from nemo_opdlm.models.opdlm_model import OPDLMModel
+from nemo_opdlm.testing.metrics import without_measured
 from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs, write_tiny_archive
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"
@@ -66,10 +67,6 @@ def assert_identical(left: dict[str, Any], right: dict[str, Any]) -> None:
         assert same, name
 
 
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(
     archive: str, tmp_path_factory: pytest.TempPathFactory
@@ -100,7 +97,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     found = read_metrics(tmp_path)
     assert [row["global_step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["rollout_step"] for row in found] == [1, 1, 2, 2, 3, 3]
-    assert without_times(found) == without_times(rows)
+    assert without_measured(found) == without_measured(rows)
 
 
 @pytest.mark.parametrize("first_leg", [2, 3])
@@ -113,7 +110,7 @@ def test_the_second_pass_over_a_rollout_batch_is_resumed_bitwise(first_leg: int,
     assert_identical(everything(whole), everything(resumed))
     expected, found = (read_metrics(tmp_path / name) for name in ("whole", "legs"))
     assert [row["rollout_step"] for row in found] == [1, 1, 1, 1, 2]
-    assert without_times(found) == without_times(expected)
+    assert without_measured(found) == without_measured(expected)
     trained = [0.0, *(row["trained_tokens"] for row in expected)]
     assert trained[3] - trained[2] != trained[1] - trained[0], "the same states once more"
 

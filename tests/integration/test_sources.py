@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_opdlm import cli
+from nemo_opdlm.config import Architecture
 from nemo_opdlm.convert import sources
+from nemo_opdlm.convert.hf_config import read_architecture
+from nemo_opdlm.convert.hf_folder import read_json
 
 PASSAGE = "Alice was beginning to get very tired of sitting by her sister on the bank,\nand of having nothing  to do:"
 
@@ -39,6 +43,12 @@ def test_logits_and_token_ids_are_those_of_the_packages_own_implementation(
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits
     torch.testing.assert_close(logits, torch.from_numpy(original.forward(token_ids).data).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("choice", "folder"), [("tiny", "glassllm_folder"), ("smollm2_135m", "smollm2_folder")])
+def test_a_group_describes_the_real_network(choice: str, folder: str, request: pytest.FixtureRequest) -> None:
+    real, _ = read_architecture(read_json(request.getfixturevalue(folder) / "config.json"))
+    assert Architecture.from_keys(cli.compose("gpt_opdlm", [f"model={choice}"]).model) == real
 
 
 def test_the_fetched_model_continues_a_text(cache: Path) -> None:

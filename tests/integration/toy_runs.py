@@ -12,7 +12,7 @@ from nemo_opdlm.lightning.resume import start_experiment
 from tests.integration.toy_model import Killed, ToyModel, make_model, make_trainer
 
 
-def experiment(folder: Path, **changes: Any) -> DictConfig:
+def experiment(folder: Path, tensorboard: bool = False, **changes: Any) -> DictConfig:
     checkpoints = {
         "monitor": "val_loss",
         "save_top_k": 2,
@@ -25,7 +25,7 @@ def experiment(folder: Path, **changes: Any) -> DictConfig:
             "explicit_log_dir": str(folder),
             "resume_if_exists": True,
             "resume_ignore_no_checkpoint": True,
-            "create_tensorboard_logger": False,
+            "create_tensorboard_logger": tensorboard,
             "log_step_timing": False,
             "seconds_to_sleep": 0,
             "checkpoint_callback_params": checkpoints,

@@ -22,6 +22,7 @@ COMMON = (
     "trainer.precision=32",
     "trainer.log_every_n_steps=1",
     "exp_manager.create_tensorboard_logger=false",
+    "model.log_samples_every_n_steps=null",
     "exp_manager.seconds_to_sleep=0",
 )
 #: A run on `write_tiny_archive`: 8 prompts of 1 to 8 tokens per rollout step, two updates of 4.

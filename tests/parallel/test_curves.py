@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nemo_opdlm.testing.metrics import without_measured
 from nemo_opdlm.testing.ranks import Ranks
 from tests.parallel import runs
 from tests.parallel.runs import LAYOUTS, Layout, Outcome
@@ -103,8 +104,4 @@ def test_a_run_resumed_in_its_own_layout_is_bitwise_the_uninterrupted_one(
     for outcome, expected in zip(
         fleet.train(name, glassllm, 6, resume_from=(folder, first[0].plain)), whole, strict=True
     ):
-        assert without_times(outcome.metrics) == without_times(expected.metrics[CUT:])
-
-
-def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
+        assert without_measured(outcome.metrics) == without_measured(expected.metrics[CUT:])

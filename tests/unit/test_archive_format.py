@@ -252,3 +252,79 @@ def test_models_of_another_class_are_refused(tmp_path: Path, weights: Path) -> N
     write_nemo(tmp_path / "gpt.nemo", {**CONFIG, "target": target}, weights, {})
     with open_nemo(tmp_path / "gpt.nemo") as archive, pytest.raises(ArchiveError, match="MegatronGPTModel, not OPDLM"):
         check_class(archive)
+
+
+# -- archives that are made to do harm --
+
+
+def pax_chain(length: int) -> bytes:
+    """Extended headers that describe extended headers."""
+    header = tarfile.TarInfo("x")
+    header.type = tarfile.XHDTYPE
+    return header.tobuf(tarfile.USTAR_FORMAT) * length
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, pax: dict[str, str] | None = None) -> bytes:
+    """The header of a member that claims a size, without a body."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.pax_headers = size, kind, pax or {}
+    return member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (header("x", -512), "damaged"),
+        (header("x", -(2**40)), "damaged"),
+        (header("x", 0, pax={"size": "-1024"}), "claims -1024 bytes"),
+        (header("x", 2**60), "truncated within 'x'"),
+        (header("x", 2**30, tarfile.GNUTYPE_LONGNAME), "claims 1073741824 bytes"),
+        (header("x", 2**62, tarfile.XHDTYPE), "claims"),
+        (header("x", 2**40, tarfile.GNUTYPE_SPARSE), "sparse file"),
+        (pax_chain(2000), "damaged"),
+        (header("a/" * 500 + "x", 0), "has a name that no such file has"),
+        (header("x\nerror: all is well", 0), "has a name that no such file has"),
+    ],
+)
+def test_headers_that_claim_the_impossible_are_refused(nemo: Path, start: bytes, expected: str) -> None:
+    with tarfile.open(nemo) as tar:
+        second = tar.getmembers()[1].offset
+    whole = nemo.read_bytes()
+    for place in (0, second):
+        nemo.write_bytes(whole[:place] + start + whole[place:])
+        assert expected in (message := refusal(nemo)) or (place == 0 and "no tar file" in message)
+
+
+def test_an_archive_that_unpacks_to_a_thousand_times_its_size_is_refused(nemo: Path) -> None:
+    bomb = io.BytesIO()
+    with gzip.GzipFile(fileobj=bomb, mode="wb", compresslevel=1) as stream:
+        stream.write(header("x", 2**27) + bytes(2**27))
+    nemo.write_bytes(bomb.getvalue())
+    assert "claims 134217728 bytes" in refusal(nemo)
+
+
+def alias_bomb(first: str, then: str) -> str:
+    """A YAML text in which every line holds the one before several times."""
+    lines = [f"a: &a {first}"]
+    for previous, name in zip("abcdefghijk", "bcdefghijkl", strict=True):
+        lines.append(f"{name}: &{name} {then.format('*' + previous)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r'a: "\x24{oc.env:HOME}"', "reference"),
+        (r'"\x24{oc.env:HOME}": 1', "reference"),
+        ("a: &a [" + "[" * 300 + "]" * 301, "nested more than"),
+        ("a: &a {b: *a}", "stands in what it is an alias of"),
+        (alias_bomb("[x, x, x]", "[{0}, {0}, {0}]"), "values"),
+        (alias_bomb("{x: 1}", "{{<<: [{0}, {0}, {0}]}}"), "values"),
+        ("a: " + "x" * 2**20, "more than 1 MiB"),
+        (f"a: {'9' * 5000}", "cannot be read"),
+        (f"tokenizer: {{files: {{a: nemo:{'0' * 32}_..}}}}", "no member of an archive"),
+    ],
+)
+def test_settings_that_would_explode_or_look_around_are_refused(nemo: Path, text: str, expected: str) -> None:
+    rewrite(nemo, configure(text))
+    assert expected in refusal(nemo)

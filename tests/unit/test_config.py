@@ -1,4 +1,4 @@
-"""The schema: defaults, strict reading, cross-key rules, the shipped configurations and the command line."""
+"""The schema: defaults, strict reading, cross-key rules and the command line; the shipped configurations: `test_conf.py`."""
 
 import ast
 import importlib.util
@@ -15,7 +15,6 @@ from typing import Any, get_args
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_opdlm import cli
 from nemo_opdlm.config import (
     Architecture,
     Config,
@@ -33,7 +32,6 @@ from nemo_opdlm.config import exp_manager as exp_manager_schema
 from nemo_opdlm.config import method as method_schema
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXPERIMENTS = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 QWEN3_0_6B = Architecture(
     num_layers=28,
     hidden_size=1024,
@@ -155,29 +153,6 @@ def test_exp_manager_has_the_keys_of_the_installed_nemo() -> None:
         assert {field.name for field in fields(ours)} == theirs[name] - unused
 
 
-# --- shipped configurations -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
-def test_every_shipped_configuration_is_valid(experiment: str | None) -> None:
-    overrides = ["trainer.max_steps=200", "model.restore_from_path=ar.nemo", "model.data.train_ds.file_path=x.jsonl"]
-    config = parse(cli.compose("gpt_opdlm", overrides + ([f"+experiment={experiment}"] if experiment else [])))
-    assert validate(config, check_files=False).model.opdlm.block_size == 4
-
-
-@pytest.mark.parametrize("mode", ["random_mask", "off_policy", "sft_baseline"])
-def test_ablation_modes_combine_with_the_quickstart(mode: str) -> None:
-    config = parse(cli.compose("gpt_opdlm", ["+experiment=[quickstart," + mode + "]"]))
-    opdlm = validate(config, check_files=False).model.opdlm
-    assert opdlm.state_selection == "random_mask" and opdlm.needs_teacher
-    assert opdlm.responses == ("student" if mode == "random_mask" else "teacher")
-
-
-def test_the_quickstart_may_be_cut_short() -> None:
-    config = parse(cli.compose("gpt_opdlm", ["+experiment=quickstart", "trainer.max_steps=4"]))
-    assert validate(config, check_files=False).trainer.max_steps == 4
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
@@ -252,13 +227,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("exp_manager.ema.enable", True, "Megatron's optimizer"),
     ("exp_manager.checkpoint_callback_params.async_save", True, "set model.dist_ckpt_async_save=True"),
     ("exp_manager.checkpoint_callback_params.monitor", None, "'val_loss'"),
+    ("exp_manager.create_wandb_logger", True, "exp_manager.wandb_logger_kwargs={project: NAME}"),
     ("model.optim.sched.constant_steps", 5, "must be 0"),
     ("model.opdlm.block_grid", "response", "not available"),
     ("model.opdlm.attention", "split", "not available"),
     ("model.opdlm.attention", "flex", "needs a GPU"),
     ("model.opdlm.rollout.cuda_graphs", True, "needs a GPU"),
     ("model.transformer_engine", True, "needs Transformer Engine and a GPU: found no Transformer Engine and no GPU"),
-    ("model.ub_tp_comm_overlap", True, "not available yet; use False: Transformer Engine's user buffers"),
+    ("model.ub_tp_comm_overlap", True, "needs model.transformer_engine=True"),
     ("model.mcore_customization_config", {"fp8_param": True}, "model.fp8_params"),
     ("model.mcore_customization_config", {"hidden_size": 64}, "model.hidden_size"),
     ("model.mcore_customization_config", {"softmax_scal": 1.0}, "did you mean softmax_scale?"),
@@ -282,6 +258,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.tensor_model_parallel_size", 2, "must be a multiple of model.tensor_model_parallel_size=2"),
     ("model.context_parallel_size", 0, "at least 1"),
     ("model.distributed_timeout_minutes", 0, "above 0"),
+    ("model.log_samples_every_n_steps", 0, "at least 1 optimizer step, or null"),
+    ("model.num_logged_samples", 0, "at least 1"),
+    ("model.device_peak_tflops", 0, "above 0"),
     ("model.virtual_pipeline_model_parallel_size", 1, "at least 2, or null"),
     ("model.virtual_pipeline_model_parallel_size", 2, "pipeline_model_parallel_size=1"),
     ("model.optim.sched.min_lr", 1.0, "at most model.optim.lr"),
@@ -335,6 +314,19 @@ def test_a_bad_value_is_one_line_with_key_value_and_rule(
             "save_last_n_optim_states=2 contradicts model.dist_ckpt_async_save=True",
         ),
         ({"model.fp8": True, "model.fp8_hybrid": True, "model.fp8_e4m3": True}, "model.fp8=True needs one of"),
+        (
+            {"model.ub_tp_comm_overlap": True, "model.transformer_engine": True},
+            "model.ub_tp_comm_overlap=True needs model.opdlm.pack_to_tokens",
+        ),
+        (
+            {
+                "model.ub_tp_comm_overlap": True,
+                "model.transformer_engine": True,
+                "model.opdlm.pack_to_tokens": 8192,
+                "trainer.precision": "32",
+            },
+            "model.ub_tp_comm_overlap=True contradicts trainer.precision='32'",
+        ),
         (
             {"model.megatron_amp_O2": True, "trainer.precision": "32"},
             "model.megatron_amp_O2=True contradicts trainer.precision='32'",
@@ -710,20 +702,13 @@ def test_cfg_job_shows_every_key_and_takes_overrides_without_plus() -> None:
     assert all(f"{leaf}:" in shown.stdout for leaf in leaves)
 
 
-def test_help_lists_the_experiments() -> None:
-    shown = run_script("--help")
-    assert shown.returncode == 0
-    assert all(name in shown.stdout for name in (*EXPERIMENTS, "restore_from_path", "denoising_steps"))
-
-
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
         ("model.opdlm.blok_size=8", "model.opdlm.blok_size is not a key of this configuration; did you mean"),
         ("+model.opdlm.blok_size=8", "model.opdlm.blok_size is not a key of this configuration; did you mean"),
         ("model.opdlm.block_size=0", "model.opdlm.block_size=0 must be from 1 to 64"),
-        ("experiment=quickstart", "write +experiment=..., one of off_policy, quickstart"),
-        ("+experiment=nothing", "Could not find 'experiment/nothing'"),
+        ("+experiment=nothing", "experiment='nothing' must be one of 'block_size_curriculum'"),
         ("model.optim.lr=[1", "cannot read the override 'model.optim.lr=[1'"),
         ("--config-name=nothing", "Cannot find primary config 'nothing'"),
     ],

@@ -1,8 +1,10 @@
 """A checkpoint index is either read exactly or refused; it never executes anything."""
 
+import io
 import json
 import pickle
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from nemo_opdlm.megatron import safe_metadata
+from nemo_opdlm.megatron.stored_tensors import StoredTensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch says that there is no process group
 
@@ -184,6 +187,82 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 def test_part_of_a_tensor_that_is_nowhere_stored_is_refused(checkpoint: Path) -> None:
     edit(checkpoint, lambda metadata: metadata.storage_data.pop(MetadataIndex("model.a", (0, 0))))
     assert "'model.a' is nowhere stored" in refusal(checkpoint)
+
+
+# -- indices that are made to bring down whoever reads them --
+
+
+def nested_key(depth: int) -> bytes:
+    """A dictionary whose key is so many tuples within tuples; hashing them overflows the C stack."""
+    return b"\x80\x04})" + b"\x85" * depth + b"Ns."
+
+
+def test_pickles_that_overflow_the_stack_or_the_memory_are_refused(checkpoint: Path) -> None:
+    for pickled, expected in ((nested_key(10**6), "tuples are nested"), (b"\x80\x04Nr\xff\xff\xff\x7f.", "memo is larger")):
+        (checkpoint / ".metadata").write_bytes(pickled)
+        assert ".metadata is refused: " in (message := refusal(checkpoint)) and expected in message
+
+
+def test_plain_values_that_overflow_the_stack_are_refused(checkpoint: Path) -> None:
+    whole = zipfile.ZipFile(io.BytesIO((checkpoint / "common.pt").read_bytes()))
+    with zipfile.ZipFile(checkpoint / "common.pt", "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, nested_key(10**6) if name.endswith("data.pkl") else whole.read(name))
+    assert "common.pt is refused" in (message := refusal(checkpoint)) and "tuples are nested" in message
+
+
+def test_compressed_plain_values_are_refused(checkpoint: Path) -> None:
+    whole = zipfile.ZipFile(io.BytesIO((checkpoint / "common.pt").read_bytes()))
+    with zipfile.ZipFile(checkpoint / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    assert "common.pt is refused" in (message := refusal(checkpoint)) and "compressed" in message
+
+
+def test_tensors_of_more_values_than_are_stored_are_refused(checkpoint: Path) -> None:
+    def change(**fields: Any) -> Callable[[Metadata], None]:
+        def edit_entry(metadata: Metadata) -> None:
+            for name, value in fields.items():
+                entry = metadata.state_dict_metadata["model.a"]
+                setattr(entry if name == "size" else entry.chunks[0], name, torch.Size(value))
+            chunk = metadata.state_dict_metadata["model.a"].chunks[0]
+            info = metadata.storage_data.pop(MetadataIndex("model.a", (0, 0)))
+            metadata.storage_data[MetadataIndex("model.a", chunk.offsets)] = info
+
+        return edit_entry
+
+    whole = (checkpoint / ".metadata").read_bytes()
+    for fields, expected in (
+        ({"size": (10**9, 10**9)}, "of 1000000000000000000 values of 'model.a', 12 are stored"),
+        ({"size": (10**9, 10**9), "sizes": (10**9, 10**9)}, "is larger than what is stored of it"),
+        ({"offsets": (1, 0)}, "lies outside of it"),
+        ({"offsets": (0,), "sizes": (3,)}, "lies outside of it"),
+    ):
+        (checkpoint / ".metadata").write_bytes(whole)
+        edit(checkpoint, change(**fields))
+        assert expected in refusal(checkpoint)
+
+
+def test_a_part_that_repeats_one_value_by_its_strides_is_refused(checkpoint: Path) -> None:
+    stored_tensors = StoredTensors.open(checkpoint)
+    part = checkpoint / "__0_0.distcp"
+    for info in stored_tensors.index.storage_data.values():
+        stream = io.BytesIO()
+        torch.save(torch.zeros(1).expand(3, 4), stream)
+        content = bytearray(part.read_bytes())
+        content[info.offset : info.offset + info.length] = stream.getvalue().ljust(info.length, b"\0")
+        part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged"):
+        stored_tensors.read("model.a")
+
+
+def test_messages_never_write_out_what_the_index_holds(checkpoint: Path) -> None:
+    # Tuples that each hold the one before three times: some hundred bytes whose text has a billion characters.
+    bomb: Any = ("x",)
+    for _ in range(20):
+        bomb = (bomb, bomb, bomb)
+    edit(checkpoint, lambda metadata: setattr(metadata.state_dict_metadata["model.a"].properties, "dtype", bomb))
+    assert "a tuple is no dtype" in refusal(checkpoint)
 
 
 def test_any_damage_is_either_harmless_or_refused_in_one_line(checkpoint: Path) -> None:

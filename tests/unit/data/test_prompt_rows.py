@@ -6,6 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from nemo_opdlm.data import rows
 from nemo_opdlm.data.rows import read_rows
 
 USER = {"role": "user", "content": "hello"}
@@ -64,6 +65,13 @@ def test_only_a_newline_ends_a_row_and_a_byte_order_mark_is_ignored(tmp_path):
         ({"messages": [USER | {"role": "tool"}]}, r"messages\[0\] has role 'tool'; allowed: system, user, assistant"),
         ({"messages": [USER | {"content": 1}]}, r"'messages\[0\].content' must be a string, got int"),
         ({"messages": [USER, {"role": "assistant", "content": "hi"}]}, "must be a user turn, got 'assistant'"),
+        ('{"prompt": "a", "x": ' + "[" * 2000 + "]" * 2000 + "}", "invalid JSON, nested more than 100 deep"),
+        ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "invalid JSON, a number of thousands of digits"),
+        (r'{"prompt": "a \ud800"}', r"'prompt' has half a character \(a lone surrogate\) at position 2"),
+        (r'{"prompt": "a", "id": "\udfff"}', "'id' has half a character"),
+        (r'{"prompt": "a", "domain": "\udfff"}', "'domain' has half a character"),
+        ({"messages": [USER | {"role": ["x"] * 1000}]}, r"messages\[0\] has role \['x', .*\.\.\.; allowed"),
+        ({f"key{i}": 1 for i in range(1000)}, r"none of them among its keys \['key0', .*\.\.\.$"),
     ],
 )
 def test_a_malformed_row_is_refused_with_file_and_line(write_jsonl, row, message):
@@ -71,7 +79,19 @@ def test_a_malformed_row_is_refused_with_file_and_line(write_jsonl, row, message
     with pytest.raises(ValueError, match=message) as caught:
         read_rows(path)
     assert str(caught.value).startswith(f"{path}:2: ")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_half_a_character_in_a_column_that_is_ignored_does_not_matter(write_jsonl):
+    assert read_rows(write_jsonl([r'{"prompt": "a", "answer": "\ud800"}']))[0].text == "a"
+
+
+def test_a_row_of_gigabytes_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "' + b"a" * 2**20 + b'"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: the row has more than 1 MiB"):
+        read_rows(path)
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path):
@@ -116,4 +136,43 @@ def test_broken_parquet_files_are_refused(tmp_path):
         read_rows(path)
     parquet.write_table(pyarrow.table({"prompt": [1, 2]}), path)
     with pytest.raises(ValueError, match="row 1: 'prompt' must be a string, got int"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": pyarrow.array([2**62], pyarrow.duration("s"))}, "not a readable parquet file"),
+        ({"prompt": pyarrow.array([b"\xff"]).view(pyarrow.string())}, "not a readable parquet file"),
+        ({"prompt": ["a"], "id": pyarrow.array([0], pyarrow.timestamp("s"))}, "'id' must be a string or an integer"),
+        ({"messages": pyarrow.array([[[("role", "user")]]], pyarrow.list_(pyarrow.map_("string", "string")))}, "got list"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path, columns, message):
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_parquet_columns_of_one_name_and_rows_without_end_are_refused(tmp_path, monkeypatch):
+    # A file of some kB may claim billions of rows.
+    monkeypatch.setattr(rows, "MAX_ROWS", 3)
+    path = tmp_path / "p.parquet"
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["prompt", "prompt"])
+    parquet.write_table(table, path)
+    with pytest.raises(ValueError, match="several columns have the same name"):
+        read_rows(path)
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array(["a"] * 4)}), path)
+    with pytest.raises(ValueError, match="4 rows, more than 3"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("damage", [slice(0, 40), slice(4, None), slice(0, -20)])
+def test_damaged_parquet_files_are_refused(tmp_path, damage):
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), path)
+    path.write_bytes(b"PAR1" + path.read_bytes()[damage] + b"PAR1")
+    with pytest.raises(ValueError, match=r"p\.parquet: not a readable parquet file"):
         read_rows(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
+from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, WorkingMemory, propose
 from nemo_opdlm.testing.oracles import oracle_probabilities, oracle_propose
 from nemo_opdlm.vocab import LocalVocab
 
@@ -146,6 +146,16 @@ def test_one_position_does_not_depend_on_the_others_nor_on_the_shape() -> None:
         assert_same(one, Proposal(together.token_ids[2, 3], together.confidence[2, 3], together.entropy[2, 3]))
     empty = propose(logits[:0], uniform[:0], SamplingParams(), NOTHING, WHOLE)
     assert empty.token_ids.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_was_used_before_changes_nothing(dtype: torch.dtype) -> None:
+    memory = WorkingMemory()
+    for num, params in itertools.product((20, 7, 30), PARAMS[::5]):
+        logits = random_logits(num, 9, seed=num).to(dtype)
+        before, fresh = logits.clone(), propose(logits, grid_of(num), params, NOTHING, WHOLE)
+        assert_same(propose(logits, grid_of(num), params, NOTHING, WHOLE, memory), fresh)
+        assert torch.equal(logits, before)
 
 
 def test_half_precision_logits_are_read_in_full_precision() -> None:

@@ -95,7 +95,7 @@ def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(
                 position_ids[0, now],
                 last_visible(rule, position_ids[:, now], BLOCK_SIZE),
                 num_keys=start + piece,
-                heads=heads,
+                joined_heads=heads,
                 is_full=True,
                 in_tiles=in_tiles,
             )
@@ -124,7 +124,7 @@ def test_a_plan_made_under_another_rule_is_not_used() -> None:
     causal = context.plan(stacked).mask
     cache, column = KVCache(1, 8), torch.arange(1)
     with context.use_cache(cache, AttentionRule.BLOCK_DIFFUSION):
-        cache.query = CachedQuery(column, column, column, column, column[None] + 3, num_keys=6, heads=2, is_full=True)
+        cache.query = CachedQuery(column, column, column, column, column[None] + 3, num_keys=6, joined_heads=2, is_full=True)
         assert context.plan(stacked).mask.tolist() == [[2 * [4 * [True] + 2 * [False]]]]
     assert torch.equal(context.plan(stacked).mask, causal)
     context.rule = AttentionRule.BLOCK_DIFFUSION
