@@ -90,10 +90,7 @@ class _Launcher:
         self._is_local = self._config.cluster.type == "local"
         if not self._is_local:
             for path in (job.log_dir, Path.cwd(), script, _ROOT, self._python):
-                if not _PLAIN.fullmatch(str(path)):
-                    raise ValueError(
-                        f"{str(path)!r} may not stand in a batch script: only letters, digits and ./_=+,:@-"
-                    )
+                _check_path(str(path))
         if not (self._is_local or self._config.dry_run or shutil.which("sbatch")):
             raise OSError("sbatch is not on this machine: launch from one of the cluster's, or print with dry_run=true")
 
@@ -221,6 +218,18 @@ class _Launcher:
 def _is_checkout() -> bool:
     """Whether jobs run this folder's code; else what is installed where they run."""
     return (_ROOT / "pyproject.toml").is_file()
+
+
+def _check_path(path: str) -> None:
+    """Refuse what would be read otherwise in a batch script.
+
+    Raises:
+        ValueError: it would.
+    """
+    if not _PLAIN.fullmatch(path):
+        raise ValueError(f"{path!r} may not stand in a batch script: only letters, digits and ./_=+,:@-")
+    if "/nemo_run" in path:
+        raise ValueError(f"{path!r} may not hold '/nemo_run': NeMo-Run puts a folder of its own in its place")
 
 
 def _console() -> Console:

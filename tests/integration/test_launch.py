@@ -100,12 +100,15 @@ def test_a_machine_without_slurm_is_told_so(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("my $log", "may not stand in a batch script"), ("nemo_run/log", "may not hold '/nemo_run'")]
+)
 def test_a_path_that_a_batch_script_would_misread_is_refused(
-    prompts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, message: str, prompts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = f"exp_manager.explicit_log_dir='{tmp_path}/my $log'"
+    folder = f"exp_manager.explicit_log_dir='{tmp_path}/{name}'"
     assert run_script("launch.py", "+cluster=slurm", "cluster.account=research", *prompts[:-1], folder) == 2
-    assert "my $log' may not stand in a batch script" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.timeout(200)
