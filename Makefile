@@ -14,19 +14,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test fuzz fault-injection quickstart clean
+.PHONY: help venv install lint test fuzz fault-injection slurm-test quickstart clean
 
 help:
-	@echo "make test | fuzz | fault-injection [KILLS=32] | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fuzz | fault-injection [KILLS=32] | slurm-test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml setup.py constraints.txt requirements-launch.txt | $(BIN)/python
 	@echo "Installing into $(VENV), once; this takes some minutes"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --requirement requirements-launch.txt
 	@touch $@
 
 venv: $(BIN)/python
@@ -40,6 +41,10 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Installs Slurm and munge by apt, where they are missing: needs root and Debian or Ubuntu.
+slurm-test: $(INSTALLED)
+	$(BIN)/python -m tests.slurm.preemption
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -9,18 +9,23 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import hydra
 import hydra.version
 
-# Hydra has no public way to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
+# Hydra has no public way to expand a sweep without running it here.
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+# Nor to put overrides behind the user's; NeMo's hydra_runner uses the same two functions.
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -29,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_opdlm.config import Config, full_keys, groups, parse, to_container, unknown_key, validate
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 _PACKAGE = Path(__file__).resolve().parent
 #: The folder of configurations: inside the package where that is installed, beside it in a source checkout.
@@ -39,11 +45,25 @@ _HYDRA_VERSION = "1.3"
 _REFUSED_OVERRIDE = re.compile(r"(?:In '([^']*)': )?Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
 
 
+@dataclass(frozen=True)
+class Point(Generic[T_co]):
+    """One run of a sweep.
+
+    Attributes:
+        swept: what tells it from the others, key -> value as written.
+        config: checked.
+    """
+
+    swept: Mapping[str, str]
+    config: T_co
+
+
 def main(
     config_name: str,
     schema: type[T] = Config,  # type: ignore[assignment]
     check: Callable[[T], T] = validate,  # type: ignore[assignment]
     config_path: str | Path = CONF,
+    sweep: Callable[[str, Sequence[Point[T]]], int] | None = None,
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Decorator: call a function with the checked configuration that the command line composes.
 
@@ -56,6 +76,8 @@ def main(
         schema: dataclass of the keys and their defaults.
         check: checks and corrects what was read.
         config_path: folder of configurations.
+        sweep: what `--multirun` calls, with the script's path and the runs, all of which are right; returns the exit
+            code. None = the script knows no `--multirun`.
     """
 
     def decorator(task: Callable[[T], None]) -> Callable[[], None]:
@@ -68,25 +90,40 @@ def main(
             os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints errors of the composition its own way and exits
             started = False
 
-            @functools.wraps(task)  # Hydra names the job after this function's file
-            def job(composed: DictConfig) -> None:
+            def reported(work: Callable[[], None]) -> None:
                 nonlocal started
                 started = True
                 os.environ[_FULL_ERROR] = wanted
                 try:
-                    groups.refuse_strays(composed, known, CONF)
-                    config = check(parse(composed, schema))
-                    if isinstance(config, Config):
-                        hide_gpus(config)
-                    task(config)
+                    work()
                 except (ValueError, OSError) as error:
                     if wanted == "1" or not _raised_by(error.__traceback__, own_code):
                         raise
                     _exit(str(error))
 
+            def run(composed: DictConfig) -> None:
+                groups.refuse_strays(composed, known, CONF)
+                config = check(parse(composed, schema))
+                if isinstance(config, Config):
+                    hide_gpus(config)
+                task(config)
+
+            @functools.wraps(task)  # Hydra names the job after this function's file
+            def job(composed: DictConfig) -> None:
+                reported(lambda: run(composed))
+
             _register(schema)
+            parser = get_args_parser()
             try:
-                _run(job, config_name, str(config_path))
+                # Intermixed: overrides may stand on both sides of an option.
+                args = _adapted(parser.parse_intermixed_args())
+                if args.multirun:
+                    points = _points(args, config_name, schema, check, config_path, sweep is not None)
+                    assert sweep is not None
+                    reported(lambda: sys.exit(sweep(inspect.getfile(task), points)))
+                args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
+                hydra.version.setbase(_HYDRA_VERSION)
+                _run_hydra(args, parser, job, str(config_path), config_name)
             except Exception as error:
                 if started or wanted == "1":
                     raise
@@ -115,13 +152,39 @@ def compose(
         return hydra.compose(config_name, groups.with_added_choices(overrides, CONF))
 
 
-def _run(job: Callable[[DictConfig], None], config_name: str, config_path: str) -> None:
-    parser = get_args_parser()
-    # Intermixed: overrides may stand on both sides of an option.
-    args = _adapted(parser.parse_intermixed_args())
-    args.overrides = [*args.overrides, *_HYDRA_DEFAULTS]
-    hydra.version.setbase(_HYDRA_VERSION)
-    _run_hydra(args, parser, job, config_path, config_name)
+def _points(
+    args: Namespace,
+    config_name: str,
+    schema: type[T],
+    check: Callable[[T], T],
+    config_path: str | Path,
+    has_sweep: bool,
+) -> list[Point[T]]:
+    """Every run of a command line with `--multirun`, checked before any starts.
+
+    Raises:
+        ValueError, OSError, HydraException: a run or the command line is wrong.
+    """
+    if not has_sweep:
+        raise ValueError("this script knows no --multirun")
+    if args.cfg or args.config_dir:
+        option = "--cfg" if args.cfg else "--config-dir"
+        raise ValueError(f"{option} does not go with --multirun")
+    overrides = OverridesParser.create().parse_overrides(args.overrides)
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    if not swept:
+        raise ValueError("--multirun needs a key with several values, such as model.opdlm.block_size=4,8")
+    points = []
+    for combination in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
+        chosen = dict(override.split("=", 1) for override in combination)
+        here = {key.lstrip("+"): value for key, value in chosen.items() if key in swept}
+        composed = compose(args.config_name or config_name, combination, schema, args.config_path or config_path)
+        try:
+            groups.refuse_strays(composed, full_keys(schema), CONF)
+            points.append(Point(here, check(parse(composed, schema))))
+        except ValueError as error:
+            raise ValueError(f"{', '.join(f'{key}={value}' for key, value in here.items())}: {error}") from error
+    return points
 
 
 def _adapted(args: Namespace) -> Namespace:

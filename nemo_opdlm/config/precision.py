@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from packaging.version import Version
@@ -52,8 +55,24 @@ class Machine:
         return f"{engine} and {gpu}"
 
 
+#: The machine that a configuration is checked for, where it is not this one.
+_ELSEWHERE: ContextVar[Machine | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def assume_capable_gpus() -> Iterator[None]:
+    """Check configurations for a cluster whose GPUs and Transformer Engine cannot be asked from here."""
+    token = _ELSEWHERE.set(Machine("", (99, 0)))
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
+
+
 def find_machine(accelerator: str) -> Machine:
-    """Look at this machine, for a run with this `trainer.accelerator`."""
+    """Look at the machine of a run with this `trainer.accelerator`: this one, unless another is assumed."""
+    if accelerator != "cpu" and (elsewhere := _ELSEWHERE.get()) is not None:
+        return elsewhere
     version = None
     if importlib.util.find_spec("transformer_engine") is not None:
         try:

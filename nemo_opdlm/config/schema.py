@@ -307,17 +307,42 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class RunConfig:
+    """What a launcher knows of a run, as in NeMo-Framework-Launcher. Training itself reads none of it.
+
+    Attributes:
+        name: of the job; null = the experiment's `name`.
+        results_dir: folder that `exp_manager.explicit_log_dir` may refer to; a launched run that names no folder of its own
+            writes to `results` in it.
+        time_limit: of one job, D-HH:MM:SS or HH:MM:SS.
+        margin_minutes: so long before the time limit training stops at a step boundary, with a checkpoint
+            (`exp_manager.max_time_per_run`), unless that key is given.
+        dependency: of the job, in Slurm's words; `singleton` = never beside another job of this name.
+        chain: jobs to submit, one after the other: each goes on where the one before it stopped. Needs `singleton`.
+    """
+
+    name: str | None = None
+    results_dir: str | None = None
+    time_limit: str = "0-04:00:00"
+    margin_minutes: float = 15
+    dependency: str | None = "singleton"
+    chain: int = 1
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run.
 
     Attributes:
         name: of the experiment, and of its folder unless `exp_manager.name` is given.
+        run: what a launcher knows of the run.
         trainer: Lightning's Trainer.
         exp_manager: NeMo's experiment manager.
         model: the model and everything about its training.
     """
 
     name: str = "opdlm"
+    run: RunConfig = field(default_factory=RunConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
