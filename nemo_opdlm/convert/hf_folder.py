@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_opdlm.convert.links import check_links
 from nemo_opdlm.data.bounded import MAX_JSON_BYTES, parse_json, read_bounded
 from nemo_opdlm.data.shown import plain
 
@@ -137,22 +138,6 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
         advice = "; re-save it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)" if files else ""
         raise ValueError(f"{folder} has no tokenizer: tokenizer.json is missing{advice}")
     return files
-
-
-def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuse files of a folder that are links to elsewhere: what they show would become part of the converted model.
-
-    The hub's own cache, `snapshots/<revision>/<file>` as links to `blobs/`, is one folder in this respect.
-
-    Raises:
-        ValueError: a file leads out of the folder.
-    """
-    root = folder.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for name in names:
-        target = (folder / name).resolve()
-        if not any(target.is_relative_to(allowed) for allowed in roots):
-            raise ValueError(f"{folder / name} is a link that leads out of its folder; copy the file instead")
 
 
 def _tensors_by_file(folder: Path) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from nemo_opdlm.convert.links import check_tree
 from nemo_opdlm.convert.plain_settings import MAX_YAML_BYTES, check_yaml, one_line
 from nemo_opdlm.data.bounded import read_bounded
 from nemo_opdlm.models.safe_tar import ArchiveError, extract, read_member
@@ -105,7 +106,9 @@ def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[A
     parent = scratch_parent(path.parent, scratch)
     with tempfile.TemporaryDirectory(prefix=".nemo-", dir=parent) as temporary:
         folder = path
-        if not path.is_dir():
+        if path.is_dir():
+            check_tree(path)
+        else:
             folder = Path(temporary) / "archive"
             extract(path, folder, lambda names: _check_layout(path, names))
         config, tokenizer_files = _parse_config(path, _read_config_file(folder, path))

@@ -158,7 +158,7 @@ def open_foreign(path: Path, choices: Choices, temporary: Path) -> Iterator[tupl
     if kind is Kind.OURS:
         raise ArchiveError(f"{path} is {kind.value} already")
     if kind is Kind.HUGGING_FACE:
-        yield _open_hugging_face(path, choices), path
+        yield _without_references(_open_hugging_face(path, choices), path), path
         return
     folder = path
     if not path.is_dir():
@@ -168,7 +168,8 @@ def open_foreign(path: Path, choices: Choices, temporary: Path) -> Iterator[tupl
         check_nemo_1_members(path, (str(file.relative_to(path)) for file in path.rglob("*")))
     read = {Kind.NEMO_1: read_nemo_1, Kind.NEMO_2: read_nemo_2, Kind.BRIDGE: read_bridge}[kind]
     with nullcontext() if folder == path else naming(path, folder):
-        yield import_megatron(read(folder, choices.tokenizer), choices.mask_token, choices.dtype), folder
+        imported = import_megatron(read(folder, choices.tokenizer), choices.mask_token, choices.dtype)
+        yield _without_references(imported, path), folder
 
 
 def archive_config(imported: HfImport, block_size: int = BLOCK_SIZE) -> dict[str, Any]:
@@ -177,11 +178,8 @@ def archive_config(imported: HfImport, block_size: int = BLOCK_SIZE) -> dict[str
     Args:
         imported: the model.
         block_size: proposed for training; an SDAR folder's own wins.
-
-    Raises:
-        ArchiveError: the checkpoint's texts hold what no archive may hold.
     """
-    config = {
+    return {
         "target": TARGET,
         **asdict(imported.architecture),
         "precision": precision_name(getattr(torch, imported.origin.dtype)),
@@ -191,8 +189,11 @@ def archive_config(imported: HfImport, block_size: int = BLOCK_SIZE) -> dict[str
         },
         "origin": imported.origin.as_dict(),
     }
-    check_plain(config, "the model's generation_config or mask token")
-    return config
+
+
+def _without_references(imported: HfImport, path: Path) -> HfImport:
+    check_plain(imported.origin.as_dict(), f"{path}: generation_config.json or the mask token")
+    return imported
 
 
 def _open_hugging_face(path: Path, choices: Choices) -> HfImport:

@@ -9,6 +9,7 @@ from typing import Any, Never
 from torch import Tensor
 
 from nemo_opdlm.convert.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, read_json, read_tokenizer_files
+from nemo_opdlm.convert.links import check_links, check_tree
 from nemo_opdlm.convert.megatron_config import MEGATRON, NEMO_1
 from nemo_opdlm.convert.megatron_import import MegatronModel
 from nemo_opdlm.convert.megatron_tensors import DistributedWeights
@@ -53,6 +54,7 @@ def read_nemo_1(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
     Raises:
         ValueError: something is missing, damaged or unsafe; one line that names the file.
     """
+    check_tree(folder)
     settings = read_archive_config(folder)
     section = _section(settings, "tokenizer")
     texts = [value for value in section.values() if isinstance(value, str)]
@@ -82,6 +84,7 @@ def read_nemo_1(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
 
 def read_nemo_2(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
     """The model in a NeMo 2.0 folder; arguments and errors as of `read_nemo_1`."""
+    check_tree(folder)
     context = folder / "context"
     path, model = context / "model.yaml", {}
     if path.is_file():
@@ -107,6 +110,8 @@ def read_nemo_2(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
 def read_bridge(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
     """The model in a Megatron-Bridge iteration, or the latest of a run; arguments and errors as of `read_nemo_1`."""
     folder = _latest_iteration(folder)
+    check_tree(folder)
+    check_links(folder.parent, ["tokenizer"])
     path = folder / RUN_CONFIG
     run = read_yaml(path)
     settings = _section(run, "model")

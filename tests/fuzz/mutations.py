@@ -67,19 +67,18 @@ def edited_tree(draw: DrawFn, samples: Sequence[Any]) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         places = _places(tree)
         if not places:
-            return draw(values)
+            return copy.deepcopy(draw(values))
         where, key = draw(st.sampled_from(places))
         action = draw(st.sampled_from(("replace", "replace", "remove", "rename", "repeat")))
         if action == "replace":
-            where[key] = draw(values)
+            where[key] = copy.deepcopy(draw(values))
         elif action == "remove":
             del where[key]
         elif isinstance(where, dict):
-            where[draw(st.sampled_from(_NAMES) | st.text(max_size=5))] = (
-                where[key] if action == "repeat" else where.pop(key)
-            )
+            new = draw(st.sampled_from(_NAMES) | st.text(max_size=5))
+            where[new] = copy.deepcopy(where[key]) if action == "repeat" else where.pop(key)
         else:
-            where.insert(key, where[key])
+            where.insert(key, copy.deepcopy(where[key]))
     return tree
 
 

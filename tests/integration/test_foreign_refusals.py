@@ -322,3 +322,91 @@ def test_objects_that_settings_name_are_never_looked_up(sample: Sample, tmp_path
     with open_checkpoint(path) as archive:
         assert archive.config["num_layers"] == 2
     assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (single, "model_weights.ckpt"),
+        (single, f"{0:032x}_tokenizer.json"),
+        (distributed, "model_weights/.metadata"),
+        (samples.nemo_2, "context/nemo_tokenizer"),
+        (samples.nemo_2, "context/model.yaml"),
+        (samples.nemo_2, "weights"),
+        (samples.bridge, "iter_0000010/common.pt"),
+        (samples.bridge, "iter_0000010/tokenizer"),
+        (lambda folder, sample: tiny.write_hf_folder(folder), "model.safetensors"),
+        (lambda folder, sample: tiny.write_hf_folder(folder), "config.json"),
+        (lambda folder, sample: tiny.write_hf_folder(folder), "tokenizer_config.json"),
+    ],
+)
+def test_links_that_lead_out_of_a_checkpoint_are_refused(write: Write, name: str, sample: Sample, tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoint", sample)
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{path / name} is a link that leads out of its folder" in refusal(path)
+
+
+def test_the_links_of_the_hubs_cache_are_one_folder(tmp_path: Path) -> None:
+    model = tiny.write_hf_folder(tmp_path / "model")
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in model.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    with open_checkpoint(snapshot) as archive:
+        assert archive.config["num_layers"] == 2
+
+
+def test_a_file_of_a_hugging_face_folder_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    path = tiny.write_hf_folder(tmp_path / "model")
+    for name in ("config.json", "tokenizer.json"):
+        whole = (path / name).read_bytes()
+        with (path / name).open("r+b") as file:
+            file.truncate(2**40)  # of holes
+        assert f"{name}" in (message := refusal(path)) and "MiB, which no such file has" in message
+        (path / name).write_bytes(whole)
+
+
+HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a-billion-layers": ({"num_hidden_layers": 10**9}, "24 tensors cannot be the 1000000000 layers"),
+    "list-as-family": ({"architectures": [["Qwen3ForCausalLM"]]}, "architectures=[['Qwen3ForCausalLM']] is not supp"),
+    "list-as-epsilon": ({"rms_norm_eps": [1]}, "config.json: rms_norm_eps=[1] must be a number"),
+    "text-as-rotary": ({"rope_parameters": 0.5}, "rope_parameters=0.5 must be a section"),
+    "number-as-layer-types": ({"layer_types": 3}, "layer_types=3 must be a list"),
+    "object-as-end": ({"eos_token_id": {}}, "eos_token_id={} must be a token id or a list of them"),
+    "endless-epsilon": ({"rms_norm_eps": 10**400}, "rms_norm_eps=an integer of more than 40 digits must be a number"),
+    "list-as-block": ({"block_size": [4]}, "block_size=[4] must be a positive integer"),
+    "text-as-mask": ({"mask_token_id": "4"}, "mask_token_id='4', which is no token id"),
+}
+
+
+@pytest.mark.parametrize("case", HF_CONFIGS)
+def test_settings_of_another_type_are_refused_by_key(case: str, tmp_path: Path) -> None:
+    changes, expected = HF_CONFIGS[case]
+    path = tiny.write_hf_folder(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    assert expected in refusal(path)
+
+
+TOKENIZERS: dict[str, tuple[str, str, str]] = {
+    "empty": ("tokenizer.json", "", "tokenizer.json cannot be read as JSON"),
+    "no-objects": ("tokenizer.json", '{"added_tokens": [3], "model": {}}', "added_tokens must be a list of objects"),
+    "no-model": ("tokenizer.json", '{"added_tokens": []}', "tokenizer.json cannot be read"),
+    "deep": ("tokenizer_config.json", '{"a":' * 500 + "1" + "}" * 500, "nested more than 100 deep"),
+    "list": ("added_tokens.json", "[3]", "added_tokens.json must hold a JSON object"),
+    "no-content": ("tokenizer_config.json", '{"pad_token": {"a": 1}}', "pad_token must be the text of a token"),
+    "half-a-character": ("tokenizer_config.json", r'{"pad_token": "\ud800"}', "is half a character"),
+    "template": ("chat_template.jinja", "\xff", "chat_template.jinja is not UTF-8"),
+    "reference": ("generation_config.json", '{"a": "${oc.env:HOME}"}', "holds a ${...} reference"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_files_of_a_tokenizer_that_are_something_else_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    name, content, expected = TOKENIZERS[case]
+    path = tiny.write_hf_folder(tmp_path / "model")
+    (path / name).write_bytes(content.encode("latin-1"))
+    assert expected in refusal(path)
