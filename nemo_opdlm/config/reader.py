@@ -103,6 +103,8 @@ def _plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         reason = (str(error.msg or error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{_named(error.full_key or 'configuration')}: {shortened(reason)}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"the configuration cannot be read: {shortened(' '.join(str(error).split()))}") from None
     except RecursionError:
         raise ValueError("the configuration is nested too deeply, or refers to itself") from None
     if not isinstance(plain, dict):
@@ -141,7 +143,7 @@ def _match(value: Any, annotation: Any) -> tuple[bool, Any]:
         return next((match for match in (_match(value, arg) for arg in args) if match[0]), (False, None))
     if origin is Literal:
         # YAML reads `precision: 32` as a number.
-        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        text = shown(value) if isinstance(value, int) and not isinstance(value, bool) else value
         return next(((True, choice) for choice in args if choice == text), (False, None))
     if origin is tuple:
         return _match_sequence(value, args)
@@ -199,5 +201,5 @@ def _describe(annotation: Any) -> str:
 def _closest_choice(value: Any, annotation: Any) -> str | None:
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     choices = [choice for arg in members if get_origin(arg) is Literal for choice in get_args(arg)]
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(value if isinstance(value, str) else shown(value), choices, n=1, cutoff=0.5)
     return str(close[0]) if close else None

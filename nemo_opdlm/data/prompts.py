@@ -137,7 +137,14 @@ def encode_rows(
     else:
         texts = [_raw_text(row) + suffix for row, suffix in zip(rows, suffixes, strict=True)]
     texts = [text + opening for text, opening in zip(texts, openings or [""] * len(texts), strict=True)]
-    return _tokenize(texts, tokenizer, templated)
+    try:
+        return _tokenize(texts, tokenizer, templated)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are not even that
+        where = f"{rows[0].where} to {rows[-1].where}" if len(rows) > 1 else rows[0].where
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise ValueError(f"{where}: the tokenizer cannot encode the prompts: {reason}") from error
 
 
 def resolve_chat_template(requested: bool | str, tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-_LONGEST = 200
+#: Long enough for a path of a cluster.
+_LONGEST = 400
 
 
 def shown(value: Any) -> str:

@@ -1,11 +1,13 @@
 """The tokenizer of a model folder, and which ids end a turn or may never be proposed."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from nemo_opdlm.data.bounded import MAX_JSON_BYTES, parse_json, read_bounded
+from nemo_opdlm.data.shown import shortened, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +30,10 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are not even that
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise ValueError(f"cannot read the tokenizer in {path}: {reason}") from error
 
 
@@ -52,16 +56,17 @@ def resolve_end_token_ids(
 def _generation_config_end_ids(path: Path) -> list[int]:
     if not path.is_file():
         return []
+    content = read_bounded(path, MAX_JSON_BYTES)
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path}: invalid JSON, {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(config).__name__}")
     ids = config.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {ids!r}")
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {shown(ids)}")
     return ids
 
 

@@ -1,7 +1,9 @@
 """Fuzz the readers: `python -m tests.fuzz [--inputs N] [--seconds S] [--seed K] [--reader NAME] [--replay FILE]`."""
 
 import argparse
+import contextlib
 import logging
+import os
 import resource
 import sys
 import warnings
@@ -34,7 +36,9 @@ def main() -> int:
         with readers.scratch() as folder:
             print(attempt(readers.reader(name, folder), case))
         return 0
-    return _run(arguments)
+    with open(os.dup(1), "w") as table, contextlib.redirect_stdout(table):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the Rust libraries print
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import linecache
 import signal
 import time
 import traceback
@@ -139,8 +140,9 @@ def _message(error: Exception, names: str) -> str:
     assert trace is not None
     while trace.tb_next is not None:
         trace = trace.tb_next
-    text = str(error)
-    if _PACKAGE not in Path(trace.tb_frame.f_code.co_filename).parents:
+    text, file = str(error), trace.tb_frame.f_code.co_filename
+    # A function written in C has no frame: there, what raises is the line that calls it.
+    if _PACKAGE not in Path(file).parents or not linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise"):
         raise Foreign(error, "raised elsewhere")
     if len(text.splitlines()) != 1 or len(text) > _LONGEST_MESSAGE or names not in text:
         raise Foreign(error, f"not one line of at most {_LONGEST_MESSAGE} characters that names {names!r}")

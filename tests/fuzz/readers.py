@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 from hypothesis import strategies as st
@@ -24,8 +24,9 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from nemo_opdlm import cli
 from nemo_opdlm.config import Config, full_keys, parse, validate
 from nemo_opdlm.config.generate import GenerateConfig, validate_generate
-from nemo_opdlm.data.prompts import load_prompts
-from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.data.prompts import encode_rows, load_prompts
+from nemo_opdlm.data.rows import PromptRow
+from nemo_opdlm.data.tokenizer import load_tokenizer, resolve_end_token_ids
 from nemo_opdlm.megatron import safe_metadata
 from nemo_opdlm.megatron.stored_tensors import StoredTensors
 from nemo_opdlm.models.archive_format import check_class
@@ -299,6 +300,28 @@ def bridge(folder: Path) -> Folder:
         "iter_0000010/run_config.yaml": _yaml_file(path / "iter_0000010/run_config.yaml"),
     }
     return Folder(path, {**edits, **_distributed(path, "iter_0000010")}, read_checkpoint)
+
+
+def tokenizer(folder: Path) -> Folder:
+    """The tokenizer's files, as a run uses them: loaded by transformers, with their chat template."""
+    path = foreign_samples.write_folder(folder / "checkpoint", tiny.tokenizer_files())
+
+    def read(path: Path) -> None:
+        loaded = load_tokenizer(path)
+        resolve_end_token_ids(loaded, path)
+        row = PromptRow(str(path), "1", "w4 w5", None, None)
+        encode_rows([row], loaded, templated=bool(loaded.chat_template))
+
+    edits = {
+        "tokenizer.json": _json_file(path / "tokenizer.json"),
+        "tokenizer_config.json": _json_file(path / "tokenizer_config.json"),
+        "special_tokens_map.json": mutations.edited_json({"mask_token": "<unused>", "pad_token": {"content": "<pad>"}}),
+        "added_tokens.json": mutations.edited_json({"<unused>": 3}),
+        "chat_template.jinja": st.sampled_from(_TEMPLATES).map(str.encode) | st.binary(max_size=50),
+        "generation_config.json": mutations.edited_json({"eos_token_id": [1, 2], "temperature": 0.7}),
+        "config.json": mutations.edited_json({"model_type": "llama", "auto_map": {"AutoTokenizer": "x.Y"}}),
+    }
+    return Folder(path, edits, read)
 
 
 def index(folder: Path) -> Folder:
@@ -726,6 +749,13 @@ def override_cases() -> SearchStrategy[Case]:
     return arguments.map(lambda found: Case("arguments", "\n".join(found).encode("utf-8", "surrogatepass")))
 
 
+_GOOD_ARGUMENTS = (
+    "trainer.max_steps=1000",
+    f"model.restore_from_path={os.devnull}",
+    f"model.data.train_ds.file_path={os.devnull}",
+)
+
+
 class CommandLine:
     """The command line of a script whose task does nothing."""
 
@@ -735,20 +765,17 @@ class CommandLine:
     def read(self, case: Case) -> str | None:
         """Run it; a refusal is its line on stderr."""
         arguments = case.content.decode("utf-8", "surrogatepass").split("\n")
-        stderr, argv, error = io.StringIO(), sys.argv, os.environ.pop("HYDRA_FULL_ERROR", None)
-        sys.argv = ["fuzz", *arguments]
-        try:
-            with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        stderr = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+            patch.setattr("sys.argv", ["fuzz", *_GOOD_ARGUMENTS, *arguments])
+            patch.setattr("os.environ", {**os.environ, "HYDRA_FULL_ERROR": "0"})  # a command may change it
+            try:
                 self.read_once()
-        except SystemExit as end:
-            lines = [line for line in stderr.getvalue().splitlines() if "error: " in line]
-            assert end.code == 2 and len(lines) == 1 and "Traceback" not in stderr.getvalue(), stderr.getvalue()[-3000:]
-            return lines[0]
-        finally:
-            sys.argv = argv
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-            if error is not None:
-                os.environ["HYDRA_FULL_ERROR"] = error
+            except SystemExit as end:
+                lines = [line for line in stderr.getvalue().splitlines() if "error: " in line]
+                is_one_line = len(lines) == 1 and "Traceback" not in stderr.getvalue()
+                assert end.code == 2 and is_one_line, stderr.getvalue()[-3000:]
+                return lines[0]
         return None
 
 
@@ -768,6 +795,7 @@ _FOLDERS: dict[str, tuple[Callable[[Path], Folder], float]] = {
     "bridge": (bridge, 0.04),
     "index": (index, 0.15),
     "archive": (archive, 0.10),
+    "tokenizer": (tokenizer, 0.02),
 }
 NAMES = (*_FOLDERS, "jsonl", "parquet", "config", "overrides")
 

@@ -285,6 +285,41 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 ]
 
 
+HOSTILE_SETTINGS: tuple[tuple[dict[Any, Any], str], ...] = (
+    ({"model": {"optim": {"lr": 10**400}}}, "model.optim.lr=an integer of more than 40 digits must be"),
+    ({"trainer": {"max_steps": 2**70}}, "trainer.max_steps="),
+    ({"trainer": {"max_steps": [10**5000]}}, "trainer.max_steps=a list must be"),
+    ({"trainer": {"precision": 10**5000}}, "trainer.precision=an integer of more than 40 digits must be"),
+    ({"name": "${"}, "name: "),
+    ({"name": "${name}"}, ""),
+    ({"name": "${oc.env:NOT_THERE}"}, "name: "),
+    ({"trainer": {"a\nb": 1}}, r"'trainer.a\nb' is not a key"),
+    ({"trainer": {"x" * 10_000: 1}}, "is not a key"),
+    ({"trainer": {None: 1}}, "trainer: Incompatible key type"),
+    ({"trainer": "x" * 10_000}, "trainer='xxxx"),
+    ({"trainer": {"max_time": "٣:00:00:00"}}, "a time DD:HH:MM:SS"),
+    ({"trainer": {"max_time": f"{'9' * 12}:00:00:00"}}, "a time DD:HH:MM:SS"),
+)
+
+
+@pytest.mark.parametrize(("settings", "expected"), HOSTILE_SETTINGS, ids=range(len(HOSTILE_SETTINGS)))
+def test_any_setting_is_refused_in_one_short_line(settings: dict[Any, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        validate(parse(settings), check_files=False, environment={})
+    message = str(caught.value)
+    assert expected in message and len(message.splitlines()) == 1 and len(message) < 1000
+
+
+def test_a_batch_size_that_is_off_by_millions_is_refused_at_once(files: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must be a multiple of model.global_batch_size=1000000000000; nearest"):
+        checked(files, **{"model.global_batch_size": 10**12})
+
+
+def test_a_path_that_no_file_can_have_is_refused_by_key(files: dict[str, str]) -> None:
+    with pytest.raises(OSError, match=r"model\.restore_from_path='x+\.\.\.: File name too long"):
+        checked(files, **{"model.restore_from_path": "x" * 5000})
+
+
 @pytest.mark.parametrize(("key", "value", "rule"), BAD_VALUES, ids=[f"{key}={value}" for key, value, _ in BAD_VALUES])
 def test_a_bad_value_is_one_line_with_key_value_and_rule(
     files: dict[str, str], key: str, value: Any, rule: str

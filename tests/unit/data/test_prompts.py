@@ -66,6 +66,28 @@ def test_a_row_that_the_template_refuses_is_named(write_jsonl, raw_tokenizer):
         load_prompts(write_jsonl([{"prompt": "a"}]), tokenizer=strict, max_prompt_length=LONG)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ 'a' * 10**15 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+)
+def test_a_template_that_fails_in_any_way_names_the_row(write_jsonl, raw_tokenizer, template):
+    tokenizer = copy.copy(raw_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"jsonl:1: the chat template refuses this row: ") as caught:
+        load_prompts(write_jsonl([{"prompt": "a"}]), tokenizer=tokenizer, max_prompt_length=9)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_encode_names_the_rows(write_jsonl):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    with pytest.raises(ValueError, match=r"jsonl:1 to .*jsonl:2: the tokenizer cannot encode the prompts: .*UNK"):
+        load_prompts(write_jsonl([{"prompt": "a"}, {"prompt": "b"}]), tokenizer=tokenizer, max_prompt_length=9)
+
+
 def test_domain_suffixes_are_off_by_default_and_follow_the_domain(write_jsonl, chat_tokenizer):
     path = write_jsonl([{"question": "1+1?", "domain": "math"}, {"question": "Hi", "domain": "chat"}, {"prompt": "x"}])
     plain = load_prompts(path, tokenizer=chat_tokenizer, max_prompt_length=LONG)
