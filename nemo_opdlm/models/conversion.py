@@ -145,7 +145,7 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
     except (TypeError, ValueError) as error:
         raise ArchiveError(f"{source}: model_config.yaml describes no network: {one_line(error)}") from error
     stored = archive.stored_values if isinstance(archive, Archive) else None
-    if stored is not None and arch.num_parameters > stored:
+    if stored is not None and arch.num_parameters > 2 * stored:  # less is left to who names the tensor
         raise ArchiveError(
             f"{source}: model_config.yaml describes a network of {arch.num_parameters:.3g} values, {WEIGHTS}/ holds {stored}"
         )

@@ -20,7 +20,7 @@ from hypothesis.strategies import SearchStrategy
 import nemo_opdlm
 
 _PACKAGE = Path(nemo_opdlm.__file__).parent
-_INPUTS_PER_ROUND = 250
+_INPUTS_PER_ROUND = 50
 #: CPU seconds that one input may take.
 _PATIENCE = 20
 _LONGEST_MESSAGE = 2000

@@ -170,7 +170,7 @@ class Folder:
     """A whole checkpoint of which one file at a time is replaced.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint; what lies beside it is watched, too.
         edits: file of it -> strategy of its other contents.
         read: reads what is at a path.
     """
@@ -197,8 +197,10 @@ class Folder:
             file.unlink()
             if whole is not None:
                 file.write_bytes(whole)
-        left = {str(path) for path in self.path.parent.rglob("*")} - self._before
-        assert not left, f"left behind: {left}"
+        left = sorted({str(path) for path in self.path.parent.rglob("*")} - self._before)
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+        assert not left, f"left behind: {left[:3]}"
 
     def names(self, case: Case) -> str:
         """The checkpoint, or its parent where a run of several was given."""
@@ -409,7 +411,8 @@ def archive(folder: Path) -> Folder:
     """An archive as a file."""
     source = nemo(folder / "source")
     packed = foreign_samples.pack(source.path)
-    path = packed.rename(folder / "model.nemo")
+    (folder / "checkpoint").mkdir()
+    path = packed.rename(folder / "checkpoint" / "model.nemo")
     shutil.rmtree(folder / "source")
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -422,7 +425,7 @@ def archive(folder: Path) -> Folder:
         _members(whole),
         mutations.edited_bytes(gzip.compress(whole, 1), hot=(0,), reach=4096),
     )
-    return Folder(folder, {path.name: st.one_of(edits)}, lambda folder: read_checkpoint(folder / path.name))
+    return Folder(path.parent, {path.name: st.one_of(edits)}, lambda folder: read_checkpoint(folder / path.name))
 
 
 _TAR = (
