@@ -1,11 +1,18 @@
 """Documentation says what the code says."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nemo_opdlm import cli
+from nemo_opdlm.config import Config, parse
+from nemo_opdlm.config.evaluate import EvaluateConfig
 from nemo_opdlm.config.foreign import RENAMED
+from nemo_opdlm.config.generate import GenerateConfig
+from nemo_opdlm.config.launch import LaunchConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -37,3 +44,39 @@ def test_messages_are_those_of_the_code(message: str) -> None:
     for part in message.strip("` ").split("…"):
         # What is printed differs from its literal where values stand.
         assert part.strip(" ;:") in text, part
+
+
+#: Scripts that Hydra composes a configuration for: its file and its schema.
+COMPOSED = {
+    "train_opdlm": ("gpt_opdlm", Config),
+    "plan": ("gpt_opdlm", Config),
+    "launch": ("gpt_opdlm", LaunchConfig),
+    "generate": ("generate", GenerateConfig),
+    "evaluate": ("evaluate", EvaluateConfig),
+}
+
+
+def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every command of the documentation that starts a script: its name and arguments."""
+    pages = (REPOSITORY / "README.md", REPOSITORY / "conf" / "README.md", *sorted(DOCS.glob("*.md")))
+    for page in pages:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            found = re.match(r"(?:python|torchrun .*?) ?examples/(\w+)\.py(.*)", line)
+            if found is not None:
+                yield found[1], tuple(shlex.split(found[2], comments=True))
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands(), ids=lambda part: part if isinstance(part, str) else "")
+def test_commands_name_scripts_keys_and_flags_that_are_there(script: str, arguments: tuple[str, ...]) -> None:
+    text = (REPOSITORY / "examples" / f"{script}.py").read_text(encoding="utf-8")
+    if script not in COMPOSED:
+        assert all(flag in text for flag in arguments if flag.startswith("--"))
+        return
+    # Of a sweep the first run; what is not `key=value` are options of Hydra.
+    is_sweep = "-m" in arguments
+    overrides = [part for part in arguments if "=" in part]
+    if is_sweep:
+        overrides = [part.partition(",")[0] for part in overrides]
+    name, schema = COMPOSED[script]
+    parse(cli.compose(name, overrides, schema=schema), schema)
