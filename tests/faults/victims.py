@@ -194,7 +194,7 @@ def _note_events(path: str, strike: Strike | None, arguments: list[str]) -> None
 
 def _note_calls(note: Callable[[str], None]) -> Callable[[], bool]:
     """Note forwards of rollouts, teacher passes, parts of updates, rows of metrics and files that reach the disk."""
-    from nemo_opdlm.lightning.callbacks import MetricsFile
+    from nemo_opdlm.lightning.step_lines import StepLines
     from nemo_opdlm.models.distiller import OnPolicyDistiller
     from nemo_opdlm.models.opdlm_model import OPDLMModel
 
@@ -215,6 +215,6 @@ def _note_calls(note: Callable[[str], None]) -> Callable[[], bool]:
     before(OnPolicyDistiller, "share_out", "t")
     for name in ("accumulate_gradients", "take_step", "check_progress"):
         before(OnPolicyDistiller, name, "u")
-    before(MetricsFile, "_write_row", "m")
+    before(StepLines, "_write_last", "m")
     before(os, "fsync", "c")
     return lambda: has_begun[0]
