@@ -47,15 +47,22 @@ def test_a_part_that_nobody_stored_is_missed(checkpoint: Path) -> None:
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.state_dict_metadata["x"].chunks.pop()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    stored = StoredTensors.open(checkpoint)
-    with pytest.raises(ValueError, match="x is damaged: 40 of its 48 values are stored"):
-        stored.read("x")
+    with pytest.raises(ValueError, match="of 48 values of 'x', 40 are stored"):
+        StoredTensors.open(checkpoint)
+
+
+def test_a_part_that_is_stored_twice_is_not_taken_for_another(checkpoint: Path) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.state_dict_metadata["x"].chunks.append(metadata.state_dict_metadata["x"].chunks[0])
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="x is damaged: 56 of its 48 values are stored"):
+        StoredTensors.open(checkpoint).read("x")
 
 
 def test_a_part_that_is_another_tensor_is_refused(checkpoint: Path) -> None:
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     chunk = metadata.state_dict_metadata["x"].chunks[0]
-    chunk.sizes = torch.Size((1, 2, 2))
+    chunk.sizes = torch.Size((4, 1, 2))
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="does not hold the part of x that the index promises"):
         StoredTensors.open(checkpoint).read("x")
