@@ -5,7 +5,7 @@ from typing import Any
 
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.convert.setting_values import count, number, section
-from nemo_opdlm.data.shown import shown
+from nemo_opdlm.data.shown import plain, shown
 
 # Hugging Face `architectures` entry -> family. An SDAR folder is a Qwen3 model with a mask token.
 FAMILY_OF = {
@@ -180,7 +180,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     unknown = sorted(set(scaling) - _ROPE_IDLE_KEYS - set(ROPE_KEYS[kind]))
     if unknown:
-        raise ValueError(f"{unknown[0][:200]}={shown(scaling[unknown[0]])} is not known for rope_type={kind!r}")
+        raise ValueError(f"{plain(unknown[0])}={shown(scaling[unknown[0]])} is not known for rope_type={kind!r}")
     numbers = {key: scaling.get(key) for key in ROPE_KEYS[kind]}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:

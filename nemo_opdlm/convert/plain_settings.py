@@ -13,8 +13,6 @@ MAX_YAML_BYTES = 2**20
 #: Values once every alias is written out.
 MAX_YAML_VALUES = 100_000
 MAX_YAML_DEPTH = 50
-
-
 #: libyaml's, where PyYAML was built with it: ten times as fast.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

@@ -1,7 +1,6 @@
 """Weights that NeMo 1.x wrote with `torch.save`: in one file, or in one file per tensor- and pipeline-parallel rank."""
 
 import re
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from nemo_opdlm.convert.families import Shape
 from nemo_opdlm.convert.megatron_config import Settings, parallel_size
 from nemo_opdlm.convert.megatron_tensors import cut_axis, join_shards, own_names, weight_prefix
 from nemo_opdlm.data.shown import plain, shown
-from nemo_opdlm.megatron.pickle_guard import is_stored
+from nemo_opdlm.megatron.pickle_guard import is_stored, is_zip
 from nemo_opdlm.megatron.safe_metadata import load_weights_only
 
 FILE = "model_weights.ckpt"
@@ -91,7 +90,7 @@ class RankFiles:
     def _load(self, path: Path) -> dict[str, Tensor]:
         if path not in self._mapped:
             # Files of torch < 1.6 are no zip files and cannot be mapped.
-            loaded = load_weights_only(path, path, mmap=zipfile.is_zipfile(path))
+            loaded = load_weights_only(path, path, mmap=is_zip(path))
             if not isinstance(loaded, dict):
                 raise ValueError(f"{path} holds a {type(loaded).__name__} instead of a model's tensors")
             tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}

@@ -88,7 +88,7 @@ def check_torch_file(source: Path | IO[bytes]) -> None:
         return
     size = source.seek(0, io.SEEK_END)
     source.seek(0)
-    if zipfile.is_zipfile(source):
+    if is_zip(source):
         with zipfile.ZipFile(source) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise pickle.UnpicklingError("it is compressed, which torch never does")
@@ -105,6 +105,14 @@ def check_torch_file(source: Path | IO[bytes]) -> None:
         if not is_legacy:
             raise pickle.UnpicklingError("a pickle that torch did not write")
     source.seek(0)
+
+
+def is_zip(source: Path | IO[bytes]) -> bool:
+    """Whether it is a zip file, as torch >= 1.6 writes; False for one that is damaged beyond telling."""
+    try:
+        return zipfile.is_zipfile(source)
+    except zipfile.BadZipFile:
+        return False
 
 
 def is_stored(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from nemo_opdlm.convert.links import check_tree
 from nemo_opdlm.convert.plain_settings import MAX_YAML_BYTES, check_yaml, one_line
 from nemo_opdlm.data.bounded import read_bounded
+from nemo_opdlm.data.shown import plain, shown
 from nemo_opdlm.models.safe_tar import ArchiveError, extract, read_member
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def _check_layout(path: Path, names: list[str]) -> None:
     for pattern, what in _OTHER_LAYOUTS:
         found = [name for name in names if re.search(pattern, name)]
         if found:
-            raise ArchiveError(f"{path}: {found[0][:200]} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read")
+            raise ArchiveError(f"{path}: {plain(found[0])} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read")
     if not any(name.startswith(f"{WEIGHTS}/") for name in names):
         raise ArchiveError(f"{path}: {WEIGHTS}/ is missing: the archive holds no weights")
 
@@ -332,7 +333,7 @@ def _parse_config(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, st
     for reference in files.values() if isinstance(files, dict) else ():
         member = str(reference).removeprefix("nemo:")
         if not re.fullmatch(r"[0-9a-f]{32}_\w[\w.-]*", member):
-            raise ArchiveError(f"{path}: {CONFIG} refers to {member[:200]!r}, which is no member of an archive")
+            raise ArchiveError(f"{path}: {CONFIG} refers to {shown(member)}, which is no member of an archive")
         members[member[33:]] = member
     return config, members  # type: ignore[return-value]
 

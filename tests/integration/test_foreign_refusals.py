@@ -180,6 +180,10 @@ BROKEN: dict[str, tuple[Write, str]] = {
         "model_weights.ckpt holds a list instead of a model's tensors",
     ),
     "damaged-file": (edited(single, "model_weights.ckpt", b"PK\3\4damaged"), "model_weights.ckpt is damaged"),
+    "zip-of-several-disks": (
+        edited(single, "model_weights.ckpt", b"PK\6\7" + b"\1" * 16 + b"PK\5\6" + bytes(18)),
+        "model_weights.ckpt is damaged",
+    ),
     "no-weights": (edited(single, "model_weights.ckpt", None), "the archive holds no weights"),
     "missing-rank": (
         with_ranks(lambda states: states.pop("tp_rank_01_pp_rank_001")),
@@ -374,6 +378,7 @@ HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "list-as-family": ({"architectures": [["Qwen3ForCausalLM"]]}, "architectures=[['Qwen3ForCausalLM']] is not supp"),
     "list-as-epsilon": ({"rms_norm_eps": [1]}, "config.json: rms_norm_eps=[1] must be a number"),
     "text-as-rotary": ({"rope_parameters": 0.5}, "rope_parameters=0.5 must be a section"),
+    "unprintable-rope-key": ({"rope_parameters": {"a\nb": 1}}, r"'a\nb'=1 is not known for rope_type='default'"),
     "number-as-layer-types": ({"layer_types": 3}, "layer_types=3 must be a list"),
     "object-as-end": ({"eos_token_id": {}}, "eos_token_id={} must be a token id or a list of them"),
     "endless-epsilon": ({"rms_norm_eps": 10**400}, "rms_norm_eps=an integer of more than 40 digits must be a number"),
