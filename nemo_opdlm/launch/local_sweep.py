@@ -33,7 +33,9 @@ def run_sweep(script: str | Path, points: Sequence[Point[Config]]) -> int:
     Raises:
         ValueError: a launcher has started this process, and others that would all run the sweep.
     """
-    if "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    # Lightning leaves LOCAL_RANK behind in a process that has trained on one rank.
+    is_one_of_several = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if is_one_of_several or "LOCAL_WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
         raise ValueError("--multirun starts the processes of each run itself: call it without torchrun and srun")
     console = Console(stderr=True, highlight=False, markup=False)
     folder, jobs = sweep(points, points[0].config.name)

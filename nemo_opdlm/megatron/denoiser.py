@@ -72,6 +72,7 @@ class MegatronDenoiser:
         forbidden: bool ``[V]``, tokens that are never proposed.
         fixed_shapes: propose for whole blocks, so that no shape depends on what is on the device, which would have to be
             waited for.
+        memory: what proposals are made in; None = fresh memory for each forward.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class MegatronDenoiser:
         forbidden: Tensor,
         *,
         fixed_shapes: bool = False,
+        memory: WorkingMemory | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -94,8 +96,7 @@ class MegatronDenoiser:
         self.fixed_shapes = fixed_shapes
         self.head = LMHead(model)
         self.is_lean = suits(model)
-        # A GPU keeps memory itself, and a graph has its own.
-        self._memory = None if forbidden.is_cuda else WorkingMemory()
+        self._memory = memory
 
     def prefill(self, query: Query) -> None:
         """Write keys and values of whole prompt blocks ``[A, Q]``."""

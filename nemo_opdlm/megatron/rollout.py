@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule
-from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
+from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, WorkingMemory
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.sampler import decode
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
@@ -126,6 +126,8 @@ class RolloutEngine:
     ) -> Trajectory:
         batches = self._batches(*requests[1:3], settings.block_size)
         report = _report_of_all(on_progress, [rows.numel() for rows, _ in batches])
+        # One for all batches, which propose in turn. A GPU keeps memory itself, and a graph has its own.
+        memory = None if requests[0].is_cuda else WorkingMemory()
         flights = [
             partial(
                 self._start,
@@ -135,6 +137,7 @@ class RolloutEngine:
                 num_slots,
                 settings,
                 report(number),
+                memory,
             )
             for number, (rows, num_slots) in enumerate(batches)
         ]
@@ -176,6 +179,7 @@ class RolloutEngine:
         num_slots: int,
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
+        memory: WorkingMemory | None,
     ) -> Flight:
         """A batch with a cache of its own, ready for its first forward."""
         prompt_ids, prompt_len, max_new_tokens, _ = requests
@@ -190,6 +194,7 @@ class RolloutEngine:
             self.sampling,
             self.forbidden,
             fixed_shapes=runs_ahead,
+            memory=memory,
         )
         is_whole = self.model.parallel.pp_size * self.model.parallel.tp_size == 1
         has_graphs = self.cuda_graphs and prompt_ids.is_cuda and runs_ahead and is_whole

@@ -55,10 +55,11 @@ def measure(arch: Architecture, overrides: tuple[str, ...]) -> dict[str, int]:
     batch = RolloutBatch(1, 0, trajectory, states, share)
     held["targets"] = _nbytes(_tensors(batch.share.targets))
     held["records"] = sum(_nbytes(_tensors(part)) for part in (trajectory, states, share.trajectory, share.states))
+    metrics: dict[str, float] = {}
     with AllocationProfile() as update:
-        distiller.accumulate_gradients(batch, 0, {})
+        distiller.accumulate_gradients(batch, 0, metrics)
     with AllocationProfile() as step:
-        distiller.take_step({})
+        distiller.take_step(metrics)
     profiles = {"rollout": rollout, "teacher pass": teacher, "passes": update, "step": step}
     return held | {name: profile.peak_bytes for name, profile in profiles.items()}
 

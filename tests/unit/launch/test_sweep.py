@@ -98,7 +98,7 @@ def test_half_a_line_of_metrics_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_not_for_the_ranks_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="call it without torchrun and srun"):
         run_sweep(tmp_path / "train.py", [point(tmp_path, 1)])
 
