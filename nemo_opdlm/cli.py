@@ -180,7 +180,7 @@ def _points(
         here = {key.lstrip("+"): value for key, value in chosen.items() if key in swept}
         composed = compose(args.config_name or config_name, combination, schema, args.config_path or config_path)
         try:
-            groups.refuse_strays(composed, full_keys(schema), CONF)
+            groups.refuse_strays(composed, tuple(full_keys(schema)), CONF)
             points.append(Point(here, check(parse(composed, schema))))
         except ValueError as error:
             raise ValueError(f"{', '.join(f'{key}={value}' for key, value in here.items())}: {error}") from error
@@ -237,6 +237,8 @@ def _composition_message(error: Exception, known: tuple[str, ...]) -> str:
         return text
     (file, key), choices = refused.groups(), groups.read_groups(CONF)
     where = groups.place(file)
+    if (misplaced := groups.misplaced(key, known)) is not None:
+        return where + misplaced
     if key in choices:
         return f"{where}{key} is a group of configurations: write +{key}=..., one of {', '.join(choices[key])}"
     if key in known:

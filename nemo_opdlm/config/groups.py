@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _CHOICE = re.compile(r"(\+?)([\w/]+)=([\w./-]+)")
 #: What Hydra says about a file that does not exist: one choice, then one of several.
 _UNKNOWN_CHOICE = re.compile(r"(?:In '([^']*)': )?Could not (?:find|load) '([^']+)'")
+#: Where a run is started, which `examples/launch.py` alone reads.
+_CLUSTER = "cluster"
 _AVAILABLE = re.compile(r"Available options in '([^']+)':\s+(.*?)(?:Config search path:|$)", re.DOTALL)
 
 
@@ -70,7 +72,14 @@ def _refusal(group: str, choice: str | None, choices: Sequence[str]) -> str:
     return f"{group}={choice!r} must be one of {', '.join(map(repr, choices))}{hint}"
 
 
-def refuse_strays(composed: Mapping[str, Any], known: Iterable[str], folder: Path) -> None:
+def misplaced(key: str, known: Collection[str]) -> str | None:
+    """One line about a key of the cluster, where the script has none; None for every other key."""
+    if key.partition(".")[0] != _CLUSTER or _CLUSTER in known:
+        return None
+    return f"{_CLUSTER} is a group of examples/launch.py, which starts runs elsewhere: here, leave {key} out"
+
+
+def refuse_strays(composed: Mapping[str, Any], known: Collection[str], folder: Path) -> None:
     """Refuse keys below the name of a group: where a file of the user lacks the line that says where its keys go.
 
     Raises:
@@ -78,6 +87,8 @@ def refuse_strays(composed: Mapping[str, Any], known: Iterable[str], folder: Pat
     """
     sections = {group.partition("/")[0] for group in read_groups(folder)} - set(known)
     for stray in (str(key) for key in composed if key in sections):
+        if (message := misplaced(stray, known)) is not None:
+            raise ValueError(message)
         raise ValueError(
             f"{stray} is a group of configurations, not a key: its files start with a line `# @package ...` that says where "
             f"their keys go, as those in conf/{stray} do"
