@@ -7,8 +7,10 @@ refused but for those Megatron itself writes, and `common.pt` is read weights-on
 """
 
 import io
+import itertools
 import math
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any, Never
 
@@ -35,6 +37,8 @@ _MAX_CONFIG_BYTES = 2**20
 _MAX_NAME = 500
 #: Longest axis of a tensor without values, which claims nothing.
 _LONGEST_EMPTY = 2**20
+#: Axes that ranks share out between them: layers, rows or columns, experts.
+_MOST_CUT_AXES = 6
 
 
 class _Record:
@@ -267,6 +271,26 @@ def _check_chunks(
         stored += math.prod(chunk.sizes)
     if math.prod(entry.size) > stored or max(entry.size, default=0) > max(stored, _LONGEST_EMPTY):
         _refuse(path, f"is damaged (of {math.prod(entry.size)} values of {key!r}, {stored} are stored)")
+    if stored and not _is_tiled(entry):
+        _refuse(path, f"is damaged (parts of {key!r} overlap)")
+
+
+def _is_tiled(entry: TensorStorageMetadata) -> bool:
+    """Whether the parts, all of which lie in the tensor, hold each of its values once: where they overlap, others are missing.
+
+    How often a value is held is the sum of the signed corners of all parts up to it, as in a summed-area table. So the
+    corners have to cancel, but for those of the whole.
+    """
+    cut = [axis for axis, size in enumerate(entry.size) if any(chunk.sizes[axis] != size for chunk in entry.chunks)]
+    if len(cut) > _MOST_CUT_AXES:
+        return False
+    whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(entry.size)), sizes=entry.size)
+    corners: Counter[tuple[int, ...]] = Counter()
+    for chunk, sign in ((whole, -1), *((chunk, 1) for chunk in entry.chunks)):
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = (chunk.offsets[axis] + end * chunk.sizes[axis] for axis, end in zip(cut, ends, strict=True))
+            corners[tuple(corner)] += sign * (-1) ** sum(ends)
+    return not any(corners.values())
 
 
 def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemo_opdlm.megatron.stored_tensors import StoredTensors
 
@@ -55,14 +57,26 @@ def test_a_part_that_is_stored_twice_is_not_taken_for_another(checkpoint: Path) 
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.state_dict_metadata["x"].chunks.append(metadata.state_dict_metadata["x"].chunks[0])
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="x is damaged: 56 of its 48 values are stored"):
-        StoredTensors.open(checkpoint).read("x")
+    with pytest.raises(ValueError, match="parts of 'x' overlap"):
+        StoredTensors.open(checkpoint)
+
+
+def test_parts_that_overlap_are_refused_although_as_many_values_are_stored(checkpoint: Path) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    there, moved = torch.Size((0, 2, 0)), torch.Size((0, 1, 0))
+    metadata.storage_data[MetadataIndex("x", moved)] = metadata.storage_data.pop(MetadataIndex("x", there))
+    (chunk,) = (chunk for chunk in metadata.state_dict_metadata["x"].chunks if chunk.offsets == there)
+    chunk.offsets = moved
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"\.metadata is damaged \(parts of 'x' overlap\)"):
+        StoredTensors.open(checkpoint)
 
 
 def test_a_part_that_is_another_tensor_is_refused(checkpoint: Path) -> None:
+    torch.save(torch.zeros(4, 1, 2), other := checkpoint / "__9_0.distcp")
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    chunk = metadata.state_dict_metadata["x"].chunks[0]
-    chunk.sizes = torch.Size((4, 1, 2))
+    index = MetadataIndex("x", metadata.state_dict_metadata["x"].chunks[0].offsets)
+    metadata.storage_data[index] = _StorageInfo(other.name, 0, other.stat().st_size)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="does not hold the part of x that the index promises"):
         StoredTensors.open(checkpoint).read("x")
