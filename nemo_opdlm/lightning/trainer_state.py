@@ -4,7 +4,6 @@ A checkpoint written so is read back without unpickling objects (torch's `weight
 """
 
 import enum
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from nemo_opdlm.megatron.safe_metadata import load_weights_only
 from nemo_opdlm.megatron.sharded_write import save_plain
 
 TRAINER_STATE = "trainer_state.pt"
@@ -36,15 +36,9 @@ def load_trainer_state(directory: Path) -> dict[str, Any]:
         ValueError: it is missing, damaged, or holds more than plain data; one line that names the file.
     """
     path = directory / TRAINER_STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {directory} is no checkpoint of a training run") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it holds more than plain data") from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, OSError ... on damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged: {reason}") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {directory} is no checkpoint of a training run")
+    state = load_weights_only(path, path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(state).__name__}")
     return state

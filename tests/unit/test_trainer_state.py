@@ -1,7 +1,9 @@
 """Trainer state is stored as plain values and comes back as such; anything else is named before it is written."""
 
 import enum
+import io
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def test_state_comes_back_as_plain_values(tmp_path: Path) -> None:
 def test_part_of_a_larger_tensor_is_stored_by_itself(tmp_path: Path) -> None:
     save_trainer_state(tmp_path, {"row": torch.zeros(1000, 1000)[0]})
     assert (tmp_path / TRAINER_STATE).stat().st_size < 10_000
+
+
+def test_values_that_would_overflow_the_stack_are_refused(tmp_path: Path) -> None:
+    save_trainer_state(tmp_path, {})
+    whole = zipfile.ZipFile(io.BytesIO((tmp_path / TRAINER_STATE).read_bytes()))
+    nested_key = b"\x80\x04})" + b"\x85" * 10**6 + b"Ns."
+    with zipfile.ZipFile(tmp_path / TRAINER_STATE, "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, nested_key if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(ValueError, match=f"{TRAINER_STATE} is refused: .*tuples are nested"):
+        load_trainer_state(tmp_path)
 
 
 @pytest.mark.parametrize("value", [threading.Lock(), object(), Path.exists])
