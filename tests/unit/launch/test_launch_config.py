@@ -107,8 +107,21 @@ def test_what_only_the_clusters_gpus_can_do_may_be_launched_from_a_machine_witho
         read(*files, *SLURM, *fp8, "trainer.accelerator=cpu")
 
 
-@pytest.mark.parametrize("leaf", sorted(path.stem for path in (cli.CONF / "training" / "opdlm").glob("*.yaml")))
-def test_every_leaf_has_the_launchers_run_block(leaf: str) -> None:
+LEAVES = sorted(path.stem for path in (cli.CONF / "training" / "opdlm").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_every_leaf_is_its_experiment_with_the_launchers_run_block(leaf: str) -> None:
     config = parse(cli.compose("gpt_opdlm", [f"+training=opdlm/{leaf}"]))
     assert config.run.name == f"opdlm_{leaf}"
     assert config.exp_manager.explicit_log_dir == f"{config.run.results_dir}/results"
+    experiment = parse(cli.compose("gpt_opdlm", [f"experiment={leaf}"]))
+    assert (config.model, config.trainer) == (experiment.model, experiment.trainer)
+
+
+def test_every_experiment_with_a_network_has_a_leaf_that_slurm_takes(files: tuple[str, ...]) -> None:
+    experiments = {path.stem for path in (cli.CONF / "experiment").glob("paper_*.yaml")} - {"paper_math"}
+    assert {leaf for leaf in LEAVES if leaf.startswith("paper")} == experiments
+    for leaf in experiments:
+        config = read(*files, *SLURM, f"+training=opdlm/{leaf}")
+        assert (config.trainer.devices, config.trainer.num_nodes, config.job_name) == (8, 1, f"opdlm_{leaf}")
