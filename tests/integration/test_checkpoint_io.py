@@ -1,8 +1,11 @@
 """Checkpoints and resuming of a tiny model: nothing is lost, nothing executed, nothing half overwritten."""
 
 import io
+import os
 import pickle
 import re
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
 from megatron.core import dist_checkpointing
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.callbacks import StepProgressBar
+from nemo_opdlm.lightning.preemption import Preempted
+from nemo_opdlm.lightning.resume import start_experiment
 from nemo_opdlm.megatron import atomic_folder
 from nemo_opdlm.megatron.checkpoint import load_sharded, save_sharded
 from nemo_opdlm.testing.metrics import without_measured
@@ -24,11 +31,12 @@ from tests.integration.toy_model import (
     ToyModel,
     disk_full_after,
     make_model,
+    make_trainer,
     same,
     train,
     weights,
 )
-from tests.integration.toy_runs import checkpoints, fit, last_steps, metrics
+from tests.integration.toy_runs import checkpoints, experiment, fit, last_steps, metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -240,6 +248,39 @@ def test_validations_take_place_once_each_whatever_the_restart(
         )
     assert seen.steps == expected
     assert [row["global_step"] for row in metrics(tmp_path)] == list(range(1, 21))
+
+
+class LeavesAfterEveryStep(Callback):
+    """Lets a run stop after the step that begins: by a signal, or because its time is up."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if self.how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
+        timer._duration = 0.0
+
+
+@pytest.mark.parametrize("check_every", [None, 1])
+@pytest.mark.parametrize("how", ["signal", "time"])
+def test_a_run_that_leaves_after_every_step_makes_every_validation_once(
+    tmp_path: Path, how: str, check_every: int | None
+) -> None:
+    """With and without a validation that is due at the step."""
+    whole, parts, changes = SeesValidations(), SeesValidations(), {"check_val_every_n_epoch": check_every}
+    fit(tmp_path / "whole", 6, updates_per_epoch=3, callbacks=[whole], trainer_changes=changes)
+    for step in range(1, 7):
+        trainer = make_trainer(6, callbacks=[parts, LeavesAfterEveryStep(how)], **changes)
+        start_experiment(trainer, OmegaConf.merge(experiment(tmp_path / "parts"), {"max_time_per_run": "00:01:00:00"}))
+        with pytest.raises(Preempted) if how == "signal" else nullcontext():
+            trainer.fit(make_model(updates_per_epoch=3))
+        assert trainer.global_step == step
+    fit(tmp_path / "parts", 6, updates_per_epoch=3, callbacks=[parts], trainer_changes=changes)
+    assert parts.steps == whole.steps
+    assert without_measured(metrics(tmp_path / "parts")) == without_measured(metrics(tmp_path / "whole"))
 
 
 def test_finished_run_started_again_keeps_its_metrics_and_trains_nothing(tmp_path: Path) -> None:
