@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from typing_extensions import override
 
 from nemo_opdlm.diffusion.settings import RolloutProgress, describe
 from nemo_opdlm.lightning.loggers import NEMO_NAMES, forget_after, log_scalars
-from nemo_opdlm.lightning.step_lines import StepLines
+from nemo_opdlm.lightning.step_file import StepFile
 from nemo_opdlm.lightning.strategy import MegatronStrategy
 
 METRICS = "metrics.jsonl"
@@ -23,7 +23,7 @@ _TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 60.0
 _SHOWN = ("train/loss", "val_loss", "train/lr", "rollout/tokens_per_forward", "rollout/tokens_per_s")
 
 
-class MetricsFile(Callback):
+class MetricsFile(StepFile):
     """Writes `pl_module.step_metrics`, a dict of plain numbers, as one JSON object per optimizer step (`StepLines`).
 
     What stands in the file also reaches exp_manager's loggers, at the same `global_step`; Lightning would count from 0, log
@@ -36,22 +36,9 @@ class MetricsFile(Callback):
     """
 
     def __init__(self, log_dir: str | Path) -> None:
-        self._lines = StepLines(Path(log_dir) / METRICS)
-        self._last_step = 0
+        super().__init__(Path(log_dir) / METRICS)
         self._row: dict[str, Any] = {}
         self._validation_start = 0.0
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Recover the lines up to the checkpoint's step, also where nothing is left to train."""
-        if not self._lines.is_open:  # NeMo loads the best checkpoint once more at the end of a run
-            self._open(trainer, checkpoint["global_step"])
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new file unless a checkpoint was loaded."""
-        if not self._lines.is_open:
-            self._open(trainer, 0)
 
     @override
     def on_train_batch_end(
@@ -89,11 +76,6 @@ class MetricsFile(Callback):
         """The same after the last step."""
         self._add_checkpoint_time(trainer)
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the file."""
-        self._lines.close()
-
     def _add_checkpoint_time(self, trainer: Trainer) -> None:
         assert isinstance(trainer.strategy, MegatronStrategy)
         if seconds := trainer.strategy.take_checkpoint_seconds():
@@ -108,13 +90,11 @@ class MetricsFile(Callback):
         self._lines.rewrite_last(self._row)
         log_scalars(trainer, new, self._last_step)
 
-    def _open(self, trainer: Trainer, step: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._last_step = step
-        self._row = self._lines.open(step)
-        if step > 0:
-            forget_after(trainer, step)
+    @override
+    def _opened(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self._row = row
+        if self._last_step > 0:
+            forget_after(trainer, self._last_step)
 
 
 class StepProgressBar(ProgressBar):

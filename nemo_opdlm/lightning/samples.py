@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
 from nemo_opdlm.lightning.loggers import log_table
-from nemo_opdlm.lightning.step_lines import StepLines
+from nemo_opdlm.lightning.step_file import StepFile
 
 SAMPLES = "samples.jsonl"
 _WIDTH, _SHOWN_CHARACTERS = 120, 400
@@ -49,7 +49,7 @@ class SampledModule(Protocol):
         ...
 
 
-class SampleLog(Callback):
+class SampleLog(StepFile):
     """Logs the first rollouts of the current batch after the first update and after every `every_n_steps` updates.
 
     Nothing is generated for it, and only the first rank does it. A resumed run continues `samples.jsonl` (`StepLines`).
@@ -61,22 +61,9 @@ class SampleLog(Callback):
     """
 
     def __init__(self, log_dir: str | Path, every_n_steps: int, num_samples: int) -> None:
+        super().__init__(Path(log_dir) / SAMPLES)
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
-        self._lines = StepLines(Path(log_dir) / SAMPLES)
-        self._last_step = 0
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Recover the samples up to the checkpoint's step."""
-        if not self._lines.is_open:
-            self._open(trainer, checkpoint["global_step"])
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new file unless a checkpoint was loaded."""
-        if not self._lines.is_open:
-            self._open(trainer, 0)
 
     @override
     def on_train_batch_end(
@@ -93,16 +80,6 @@ class SampleLog(Callback):
         for sample in samples:
             self._lines.write({"global_step": step, **asdict(sample)})
         self._show(trainer, samples, step)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the file."""
-        self._lines.close()
-
-    def _open(self, trainer: Trainer, step: int) -> None:
-        if trainer.is_global_zero:
-            self._last_step = step
-            self._lines.open(step)
 
     def _show(self, trainer: Trainer, samples: Sequence[Sample], step: int) -> None:
         from nemo.utils import logging
