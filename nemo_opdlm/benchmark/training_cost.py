@@ -41,7 +41,7 @@ def flops(subject: Subject, batch: TrainingBatch, pack_to_tokens: int) -> dict[s
 
 
 def _counted(run: Callable[[TrainingBatch], object], batch: TrainingBatch) -> float:
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter:
         run(batch)
     return float(counter.get_total_flops())
 
@@ -108,7 +108,13 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
     return _attention_flops(query, key, value) * 5 // 2
 
 
-_CPU_ATTENTION = {
+def _added_product_flops(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
+
+
+#: Operators that torch has no formula for: attention on a CPU, and products that are added in place, as of weight gradients.
+UNKNOWN_TO_TORCH = {
+    torch.ops.aten.addmm_: _added_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

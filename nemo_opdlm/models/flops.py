@@ -18,6 +18,9 @@ def forward_flops(arch: Architecture, work: Sequence[float]) -> float:
     a multiplication and an addition for each weight that a token meets, and for each element of a query in the score and in
     the weighted value of each pair. Norms, rotations, softmax and the embedding are left out.
 
+    torch's `FlopCounterMode` counts the same products of a training step but for some it has no formula for: those added in
+    place (`addmm_`), as the gradient of the head is, and attention on a CPU. Attention elsewhere it counts with hidden pairs.
+
     Args:
         arch: the network.
         work: numbers of tokens, pairs and logits (`diffusion.work.Work`).

@@ -11,15 +11,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_opdlm.benchmark.training_cost import UNKNOWN_TO_TORCH
+from nemo_opdlm.benchmark.training_workload import TrainingBatch
 from nemo_opdlm.config import Architecture
 from nemo_opdlm.diffusion.work import rollout_work
+from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
+from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.lightning import callbacks
 from nemo_opdlm.lightning.callbacks import StepProgressBar
 from nemo_opdlm.lightning.samples import as_text
+from nemo_opdlm.megatron.forward import forward_backward
+from nemo_opdlm.megatron.optimizer import wrap
+from nemo_opdlm.megatron.parallel import ParallelContext
+from nemo_opdlm.megatron.step import distillation_loss, micro_batches
+from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.flops import forward_flops
 from nemo_opdlm.models.peak_flops import known_peak
+from nemo_opdlm.testing import tiny
 from tests.integration.toy_model import Killed, ToyModel
 from tests.integration.toy_runs import fit
 from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs
@@ -121,7 +133,7 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
 
 
 def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: it comes with nemo-toolkit[core]")
     log_dir = tmp_path / "log"
     settings = (
         "exp_manager.create_wandb_logger=true",
@@ -250,6 +262,21 @@ def test_a_forward_pass_has_the_flops_of_its_matrix_products() -> None:
     # One token that sees five: query and output 8 x 16 each, key and value 8 x 8 each, SwiGLU 3 x 8 x 12, head 8 x 10.
     layer = 2 * (2 * 8 * 16 + 2 * 8 * 8 + 3 * 8 * 12) + 2 * 2 * 16 * 5
     assert forward_flops(arch, (1, 5, 1)) == 2 * layer + 2 * 8 * 10
+
+
+def test_an_update_has_the_flops_of_three_forward_passes(parallel: ParallelContext) -> None:
+    """As torch counts them, once it knows products that are added in place; attention is left out on both sides."""
+    arch = tiny.architecture()
+    batch = TrainingBatch.of_lengths(
+        torch.tensor([5, 3]), torch.tensor([9, 12]), arch.vocab_size, tiny.MASK_TOKEN_ID, block_size=4
+    )
+    network = wrap(tiny.random_network(arch, parallel), tiny.optimizer_settings())
+    targets, rows = Teacher.own_tokens(batch.trajectory), torch.arange(2)
+    parts = micro_batches(batch.trajectory, batch.states, targets, rows, Normalization.sequence, 1)
+    added = {operator: count for operator, count in UNKNOWN_TO_TORCH.items() if operator is torch.ops.aten.addmm_}
+    with FlopCounterMode(display=False, custom_mapping=added) as counter:
+        forward_backward(network, parts, distillation_loss(network.head, DivergenceSpec(DivergenceKind.nll)))
+    assert counter.get_total_flops() == 3 * forward_flops(arch, (batch.num_useful, 0, batch.num_supervised))
 
 
 def assert_documented(rows: list[dict[str, Any]]) -> None:
