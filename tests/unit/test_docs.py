@@ -1,9 +1,6 @@
 """Documentation says what the code says."""
 
 import re
-import shlex
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +10,8 @@ from nemo_opdlm.config.evaluate import EvaluateConfig
 from nemo_opdlm.config.foreign import RENAMED
 from nemo_opdlm.config.generate import GenerateConfig
 from nemo_opdlm.config.launch import LaunchConfig
+from tests.documented import REPOSITORY, Command, commands
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 
 
@@ -56,19 +53,9 @@ COMPOSED = {
 }
 
 
-def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every command of the documentation that starts a script: its name and arguments."""
-    pages = (REPOSITORY / "README.md", REPOSITORY / "conf" / "README.md", *sorted(DOCS.glob("*.md")))
-    for page in pages:
-        blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-        for line in "".join(blocks).replace("\\\n", " ").splitlines():
-            found = re.match(r"(?:python|torchrun .*?) ?examples/(\w+)\.py(.*)", line)
-            if found is not None:
-                yield found[1], tuple(shlex.split(found[2], comments=True))
-
-
-@pytest.mark.parametrize(("script", "arguments"), commands(), ids=lambda part: part if isinstance(part, str) else "")
-def test_commands_name_scripts_keys_and_flags_that_are_there(script: str, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", [command for command in commands() if command.script], ids=str)
+def test_commands_name_scripts_keys_and_flags_that_are_there(command: Command) -> None:
+    script, arguments = str(command.script), command.arguments
     text = (REPOSITORY / "examples" / f"{script}.py").read_text(encoding="utf-8")
     if script not in COMPOSED:
         assert all(flag in text for flag in arguments if flag.startswith("--"))
