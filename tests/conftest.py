@@ -1,8 +1,13 @@
-"""Settings of every test: offline, quiet, and one thread per process, as the parallel tests start several."""
+"""Settings of every test: offline, quiet, and one thread per process; the processes that all tests share."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from nemo_opdlm.testing.ranks import Ranks
 
 # Before anything imports torch or transformers.
 for name, value in {
@@ -18,3 +23,22 @@ for name, value in {
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How thorough `tests/faults` are; `make fault-injection` asks for more."""
     parser.addoption("--kills", type=int, default=1, help="times a run of tests/faults is killed, at each layout")
+
+
+def _ranks(size: int) -> "Iterator[Ranks]":
+    from nemo_opdlm.testing.ranks import Ranks  # torch, which most tests of configurations do without
+
+    with Ranks(size) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> "Iterator[Ranks]":
+    """Two processes over Gloo."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> "Iterator[Ranks]":
+    """Four processes over Gloo."""
+    yield from _ranks(4)

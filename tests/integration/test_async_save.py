@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
-from torch.multiprocessing.spawn import spawn
 
 from nemo_opdlm.lightning.async_checkpoint_io import AsyncCheckpointIO
 from nemo_opdlm.lightning.checkpoint_io import SHARDED_STATE, MegatronCheckpointIO
@@ -26,6 +23,8 @@ from nemo_opdlm.lightning.trainer_state import load_trainer_state
 from nemo_opdlm.megatron.background import ThreadedCallsQueue
 from nemo_opdlm.megatron.checkpoint import load_sharded
 from nemo_opdlm.testing.metrics import without_measured
+from nemo_opdlm.testing.ranks import Ranks
+from tests import forked
 from tests.integration.ranks_saving import save_on_two_ranks
 from tests.integration.toy_model import ToyModel, disk_full_after, make_model, make_trainer, same, train, weights
 from tests.integration.toy_runs import checkpoints, experiment, fit, last_steps, metrics
@@ -222,8 +221,8 @@ def test_save_given_up_while_it_writes_ends_before_its_folder_is_removed(
     assert not finished and not list(tmp_path.iterdir())
 
 
-def test_two_ranks_finish_together_and_fail_together(tmp_path: Path) -> None:
-    spawn(save_on_two_ranks, args=(tmp_path,), nprocs=2)
+def test_two_ranks_finish_together_and_fail_together(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(save_on_two_ranks, tmp_path)
 
 
 # -- training --
@@ -357,19 +356,16 @@ def test_failed_save_ends_the_run_in_one_line_and_the_next_start_resumes_before_
     assert_resumes_from_step_2(tmp_path / "failed", through)
 
 
-VICTIM = """
-from pathlib import Path
-from tests.integration.test_async_save import fit, kill_this_process, third_tensor_file
-
-with third_tensor_file(kill_this_process):
-    fit(Path({folder!r}), 6, async_save=True)
-"""
+def fit_until_killed(folder: Path) -> None:
+    with third_tensor_file(kill_this_process):
+        fit(folder, 6, async_save=True)
 
 
 def test_run_killed_while_it_writes_resumes_from_the_checkpoint_before(tmp_path: Path) -> None:
     through = fit(tmp_path / "through", 6)
-    code = VICTIM.format(folder=str(tmp_path / "killed"))
-    victim = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True)
-    assert victim.returncode == -signal.SIGKILL, victim.stderr.decode()
+    victim = forked.server().Process(target=fit_until_killed, args=(tmp_path / "killed",))
+    victim.start()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
     assert any(name.startswith(".saving-") for name in checkpoints(tmp_path / "killed"))
     assert_resumes_from_step_2(tmp_path / "killed", through)

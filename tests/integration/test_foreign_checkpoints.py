@@ -1,12 +1,8 @@
 """`restore_from_path` takes checkpoints of other trainers: the same network as by the Hugging Face converter, or one line."""
 
 import json
-import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,9 @@ from nemo_opdlm.models.conversion import convert_hf_to_nemo, open_model
 from nemo_opdlm.models.foreign import open_checkpoint
 from nemo_opdlm.models.opdlm_model import OPDLMModel
 from nemo_opdlm.testing import tiny
+from nemo_opdlm.testing.ranks import Ranks
 from tests.integration import foreign_samples as samples
+from tests.integration.foreign_ranks import read_in_parts
 from tests.integration.foreign_samples import Sample
 from tests.integration.training_runs import TINY, read_metrics, run, run_script, write_prompts
 
@@ -301,26 +299,12 @@ def test_one_rank_can_open_a_checkpoint_for_all(
 
 
 def test_four_ranks_read_a_checkpoint_into_their_own_layout(
-    folders: Callable[..., tuple[Path, Path]], tmp_path: Path
+    folders: Callable[..., tuple[Path, Path]], four_ranks: Ranks, tmp_path: Path
 ) -> None:
     # A tied head on the last stage, and 41 rows, which TP2 pads.
     hf, archive = folders(vocab_size=tiny.NUM_TOKENS)
     path = samples.pack(ranks(1, 2)(tmp_path / "checkpoint", Sample.of(hf)))
-    script = Path(__file__).with_name("foreign_ranks.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "4",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    shared["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), str(path), str(tmp_path / "weights")]
-    processes = [subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(4)]
-    assert [process.wait(timeout=200) for process in processes] == [0] * 4
+    four_ranks.run(read_in_parts, path, tmp_path / "weights")
     with open_checkpoint(path) as opened:
         files = {file.name: file.read_bytes() for file in opened.tokenizer.iterdir()}
         write_nemo(tmp_path / "ours.nemo", opened.config, tmp_path / "weights", files)

@@ -1,24 +1,9 @@
-"""Processes that all parallel tests share, and the model they work on."""
-
-from collections.abc import Iterator
+"""The model that parallel tests work on."""
 
 import pytest
 
 from nemo_opdlm.convert import sources
 from nemo_opdlm.models.conversion import convert_hf_to_nemo
-from nemo_opdlm.testing.ranks import Ranks
-
-
-@pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="session")
