@@ -1,8 +1,6 @@
 """The rollout benchmark runs, all its arms write the same text, and its figures are what they say; never how fast."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from nemo_opdlm.benchmark import arms
 from nemo_opdlm.benchmark.rollouts import tokens_per_forward
 from nemo_opdlm.benchmark.workload import MEAN_SHARE, Subject, Workload
 from nemo_opdlm.convert.sources import fetch
+from tests.integration.training_runs import run_script
 
 _KEYS = {
     "ratio_vs_reference",
@@ -53,13 +52,11 @@ def test_the_mix_has_the_mean_that_it_promises() -> None:
     assert float(Workload.mix(32, 61, 128, 1000).limits.float().mean()) == pytest.approx(MEAN_SHARE * 128, rel=0.1)
 
 
-def test_the_script_writes_all_figures(tmp_path: Path) -> None:
+def test_the_script_writes_all_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rollout.json"
     sizes = ["--batch_size", "3", "--prompt_len", "9", "--new_tokens", "10", "--repeats", "1"]
-    command = [sys.executable, "examples/benchmark.py", "rollout", "--model", "glassllm", *sizes, "--json", str(file)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert run_script("benchmark.py", "rollout", "--model", "glassllm", *sizes, "--json", str(file)) == 0
     figures = json.loads(file.read_text())
     assert figures.keys() >= _KEYS and figures["identical_tokens_mix"] == 1
     assert figures["tokens_per_forward_static"] == 1 and figures["tokens_per_forward_dynamic"] >= 1
-    assert "time per token, divided by ours" in done.stdout
+    assert "time per token, divided by ours" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from nemo_opdlm.config.generate import GenerateConfig
 from nemo_opdlm.data.rows import PromptRow
 from nemo_opdlm.evaluation.generation import Generator, prompt_rows
 from nemo_opdlm.models.conversion import convert_hf_to_nemo
+from tests.integration import training_runs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = ("Alice was beginning to", "The Queen said", "“Who are", "It was all very well to say so, but")
@@ -170,8 +171,8 @@ def test_the_script_prints_texts_figures_and_the_order_of_unmasking(archive: Pat
     assert lines[-1] == "imported []"
 
 
-def test_a_mistake_is_one_line_on_the_command_line(tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.nemo").write_text("no archive", encoding="utf-8")
-    run = run_script(f"model.restore_from_path={tmp_path / 'broken.nemo'}", 'prompts=["Alice was"]')
-    assert run.returncode == 2
-    assert run.stderr == f"error: {tmp_path / 'broken.nemo'}: this is no tar file, so no .nemo archive\n"
+    arguments = (f"model.restore_from_path={tmp_path / 'broken.nemo'}", 'prompts=["Alice was"]')
+    assert training_runs.run_script("generate.py", *arguments) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'broken.nemo'}: this is no tar file, so no .nemo archive\n"
