@@ -1,9 +1,11 @@
-"""The training script under torchrun and in a Slurm job gives one process's metrics; any layout resumes it."""
+"""The training script under torchrun, in a Slurm job and by itself gives one process's metrics; any layout resumes it."""
 
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +96,34 @@ def test_torchrun_on_four_ranks_gives_one_processs_metrics_and_one_process_goes_
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        (),
-        ("model.context_parallel_size=2",),
-        ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
-    ],
-    ids=["DP2", "CP2", "TP2+SP"],
-)
-def test_a_slurm_job_of_two_tasks_is_one_run(
-    layout: tuple[str, ...], glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path
+def test_without_a_launcher_the_script_starts_its_processes_itself(
+    glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    settings = (*SETTINGS, f"model.restore_from_path={glassllm}", f"exp_manager.explicit_log_dir={tmp_path}")
+    layout = ("trainer.devices=2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    finished = subprocess.run(
+        [sys.executable, str(EXAMPLES / "train_opdlm.py"), *settings, *layout, "trainer.max_steps=2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    same_metrics(read_metrics(tmp_path), one_process[:2])
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile, and that a server with SO_REUSEADDR, as torch's store is, may listen at."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@pytest.mark.timeout(300)
+def test_a_slurm_job_of_two_tasks_is_one_run(glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path) -> None:
     """Two processes with the variables that srun gives its tasks, validation and checkpoints included."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     job = {
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "opdlm",
@@ -120,7 +134,6 @@ def test_a_slurm_job_of_two_tasks_is_one_run(
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
     command = [
         sys.executable,
@@ -130,22 +143,22 @@ def test_a_slurm_job_of_two_tasks_is_one_run(
         f"exp_manager.explicit_log_dir={tmp_path}",
         "trainer.devices=2",
         "trainer.max_steps=2",
-        *layout,
     ]
-    tasks = [
-        subprocess.Popen(
-            command,
-            env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [task.communicate(timeout=250)[1] for task in tasks]
-    finally:
-        for task in tasks:
-            task.kill()
+    with reserved_port() as port:
+        tasks = [
+            subprocess.Popen(
+                command,
+                env=environment(**job, MASTER_PORT=str(port), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            errors = [task.communicate(timeout=250)[1] for task in tasks]
+        finally:
+            for task in tasks:
+                task.kill()
     assert [task.returncode for task in tasks] == [0, 0], errors
     same_metrics(read_metrics(tmp_path), one_process[:2])
