@@ -1,4 +1,4 @@
-"""Context parallelism is for long rows: two ranks hold half the activations of a row of 2 x 16,384 tokens each."""
+"""Context parallelism is for long rows: two ranks hold half the activations of a row of 2 x 8,192 tokens."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from nemo_opdlm.testing.ranks import Ranks
 from tests.parallel.context_memory import update
 
-LENGTH = 16_380
+LENGTH = 8_188
 
 
 @pytest.mark.timeout(700)
