@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nemo_opdlm.megatron.failure import RankFailure, shared_failures
+from tests import forked
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -51,7 +51,7 @@ def work(rank: int, folder: str, culprit: int, how: str, connection: Connection)
 
 def outcomes_of(culprit: int, how: str, tmp_path: Path) -> list[tuple[str, str, float] | None]:
     """What each rank ended with: kind of error, its text, seconds; None from one that said nothing."""
-    context = mp.get_context("spawn")
+    context = forked.server()
     pipes = [context.Pipe() for _ in range(2)]
     processes = [
         context.Process(target=work, args=(rank, str(tmp_path), culprit, how, theirs))
