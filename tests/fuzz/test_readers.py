@@ -8,7 +8,7 @@ from tests.fuzz import readers
 from tests.fuzz.engine import fuzz, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SECONDS_PER_READER = 3
+SECONDS_PER_READER = 1.5
 
 
 @pytest.mark.parametrize("name", readers.NAMES)
