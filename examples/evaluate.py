@@ -32,11 +32,15 @@ def main(config: EvaluateConfig) -> None:
 
     quiet_imports()
     from nemo_opdlm.config import to_container
+    from nemo_opdlm.data.recordings import Recording, write_recordings
+    from nemo_opdlm.evaluation.recording import record
     from nemo_opdlm.evaluation.side_by_side import evaluate
     from nemo_opdlm.report.tables import side_by_side
 
     console, start = Console(highlight=False, markup=False), time.perf_counter()
-    results = evaluate(config, progress).as_dict()
+    recordings: list[Recording] = []
+    on_written = None if config.recording is None else lambda *written: recordings.append(record(*written))
+    results = evaluate(config, progress, on_written).as_dict()
     console.print(side_by_side(results["columns"], "AR original and student"))
     for column in results["columns"]:
         console.print(f"log-likelihoods of {column['model']}, {column['mode']}: {column['likelihood']}", style="dim")
@@ -45,6 +49,8 @@ def main(config: EvaluateConfig) -> None:
     console.print(f"{time.perf_counter() - start:.0f} s", style="dim")
     if config.json is not None:
         Path(config.json).write_text(json.dumps({**results, "config": to_container(config)}, indent=2) + "\n", "utf-8")
+    if config.recording is not None:
+        write_recordings(config.recording, recordings)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class EvaluateConfig:
         sandbox: limits of programs.
         confirm_run_unsafe_code: run programs that a model has written; without it, `humaneval` is refused.
         json: a file to write all figures to.
+        recording: a file to write the student's first answers to the held-out prompts to, token by token in the order in
+            which they were unmasked, and how well its confidence is calibrated; `examples/report.py` shows it.
     """
 
     model: EvaluateModelConfig = field(default_factory=EvaluateModelConfig)
@@ -75,6 +77,7 @@ class EvaluateConfig:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     confirm_run_unsafe_code: bool = False
     json: str | None = None
+    recording: str | None = None
 
     def decoding(self, mode: Mode) -> GenerateConfig:
         """Greedy decoding in one of the modes."""
@@ -127,6 +130,8 @@ def _check_work(config: EvaluateConfig) -> None:
         raise ValueError(
             "validation_ds.file_path needs model.kd_teacher_restore_from_path, the AR original that judges"
         )
+    if config.recording is not None and config.validation_ds.file_path is None:
+        raise ValueError(f"recording={config.recording!r} needs validation_ds.file_path, the prompts that are answered")
     names = [task_name(task) for task in config.tasks]
     check_range("tasks", list(config.tasks), lambda _: len(set(names)) == len(names), f"tasks of different names, not {names}")
     if HUMAN_EVAL in config.tasks and not config.confirm_run_unsafe_code:
@@ -147,5 +152,6 @@ def _check_files(config: EvaluateConfig) -> None:
         if path is not None and not Path(path).exists():
             hint = f"; the only task that is no file is {HUMAN_EVAL}" if key.startswith("tasks") else ""
             raise FileNotFoundError(f"{key}={path!r} does not exist{hint}")
-    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"json={config.json!r}: the folder does not exist")
+    for key, path in (("json", config.json), ("recording", config.recording)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{key}={path!r}: the folder does not exist")

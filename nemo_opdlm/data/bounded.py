@@ -31,6 +31,20 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
+def read_json(path: Path) -> Any:
+    """The JSON of a whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or is no JSON; one line that names it.
+    """
+    content = read_bounded(path, MAX_JSON_BYTES)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def parse_json(text: bytes, *, allow_surrogates: bool = False) -> Any:
     """Parse a JSON text.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, TokenTarget
-from nemo_opdlm.megatron.head import token_losses
+from nemo_opdlm.megatron.head import TokenLosses, token_losses
 from nemo_opdlm.megatron.student import StagedGPT
 from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.heldout import HeldoutSet
@@ -45,11 +45,7 @@ def judge(teacher: Teacher, trajectory: Trajectory) -> DecodingReport:
     A student that repeats itself scores well on likelihood and agreement: read them beside ``repeat_4gram`` and the
     held-out divergence, never alone.
     """
-    hidden = teacher.response_hidden(trajectory)
-    own_tokens = TokenTarget(trajectory.token_ids[trajectory.is_response])
-    spec = DivergenceSpec(DivergenceKind.nll)
-    weights = torch.ones(hidden.shape[0], device=hidden.device)
-    losses = token_losses(teacher.head, hidden, lambda start, stop: own_tokens.index(slice(start, stop)), spec, weights)
+    losses = own_token_losses(teacher, trajectory, teacher.response_hidden(trajectory))
     num_tokens = int(trajectory.response_len.sum())
     return DecodingReport(
         teacher_loglik=float(-losses.divergence.mean()),
@@ -58,6 +54,14 @@ def judge(teacher: Teacher, trajectory: Trajectory) -> DecodingReport:
         tokens_per_forward=num_tokens / int(trajectory.num_forwards.sum()),
         response_len=num_tokens / len(trajectory),
     )
+
+
+def own_token_losses(teacher: Teacher, trajectory: Trajectory, hidden: Tensor) -> TokenLosses:
+    """Negative log-likelihoods of a response's own tokens, from the teacher's ``response_hidden`` of it."""
+    own_tokens = TokenTarget(trajectory.token_ids[trajectory.is_response])
+    spec = DivergenceSpec(DivergenceKind.nll)
+    weights = torch.ones(hidden.shape[0], device=hidden.device)
+    return token_losses(teacher.head, hidden, lambda start, stop: own_tokens.index(slice(start, stop)), spec, weights)
 
 
 def divergences(

@@ -1,5 +1,6 @@
 """What a student is worth in the eyes of its AR original, on held-out prompts: measures that need no answers, and no NeMo."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,8 @@ from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.heldout import HeldoutSet
 from nemo_opdlm.models.settings import HELDOUT_SAMPLING, HELDOUT_SEED
 
+#: Is told which teacher judges what a scorer wrote.
+OnWritten = Callable[[Teacher, Scorer, Trajectory], None]
 #: Rollouts over the prompts that the figures of a student take at most, for a progress bar.
 NUM_ROLLOUTS = 2
 
@@ -70,9 +73,17 @@ class HeldoutPrompts:
         """Figures of the original's own greedy text."""
         return judge(self.teacher, self._write(scorer, 0.0, on_progress)).as_dict()
 
-    def of_student(self, scorer: Scorer, on_progress: OnProgress | None = None) -> dict[str, float]:
-        """Figures of a student in one mode; the divergences only where it writes by block diffusion."""
-        figures = judge(self.teacher, self._write(scorer, 0.0, on_progress)).as_dict()
+    def of_student(
+        self, scorer: Scorer, on_progress: OnProgress | None = None, on_written: OnWritten | None = None
+    ) -> dict[str, float]:
+        """Figures of a student in one mode; the divergences only where it writes by block diffusion.
+
+        ``on_written`` gets its greedy text.
+        """
+        written = self._write(scorer, 0.0, on_progress)
+        if on_written is not None:
+            on_written(self.teacher, scorer, written)
+        figures = judge(self.teacher, written).as_dict()
         if scorer.is_causal:
             return figures
         sampled = self._write(scorer, HELDOUT_SAMPLING.temperature, on_progress)

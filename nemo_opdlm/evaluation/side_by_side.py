@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from nemo_opdlm.config.evaluate import HUMAN_EVAL, EvaluateConfig, task_name
 from nemo_opdlm.evaluation import tasks
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.evaluation.human_eval import Problem, problems
-from nemo_opdlm.evaluation.intrinsic import NUM_ROLLOUTS, HeldoutPrompts
+from nemo_opdlm.evaluation.intrinsic import NUM_ROLLOUTS, HeldoutPrompts, OnWritten
 from nemo_opdlm.evaluation.questions import ChoiceQuestion, OpenQuestion, read_questions
 from nemo_opdlm.evaluation.sandbox import Sandbox
 from nemo_opdlm.evaluation.scorer import OnProgress, Scorer
@@ -63,8 +64,13 @@ class SideBySide:
         return asdict(self)
 
 
-def evaluate(config: EvaluateConfig, bar: Bar) -> SideBySide:
+def evaluate(config: EvaluateConfig, bar: Bar, on_written: OnWritten | None = None) -> SideBySide:
     """Measure all columns.
+
+    Args:
+        config: models, prompts and tasks.
+        bar: makes progress bars.
+        on_written: gets the student's greedy answers to the held-out prompts, in each mode.
 
     Raises:
         ValueError, OSError: a model, a prompt or a task is refused, before anything is measured where possible; one line.
@@ -79,7 +85,8 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> SideBySide:
         assert original is not None
         heldout = HeldoutPrompts.build(original, student, config.validation_ds, config.decoding(config.modes[0]))
     columns = [
-        _column(name, scorer, heldout, questions, sandbox, bar) for name, scorer in _scorers(config, original, student)
+        _column(name, scorer, heldout, questions, sandbox, bar, on_written)
+        for name, scorer in _scorers(config, original, student)
     ]
     return SideBySide(columns, layers, heldout.heldout.checksum if heldout else None)
 
@@ -113,11 +120,12 @@ def _column(
     questions: dict[str, Questions],
     sandbox: Sandbox,
     bar: Bar,
+    on_written: OnWritten | None,
 ) -> Column:
     mode, figures = scorer.config.mode, {}
     if heldout is not None:
         num_tokens = NUM_ROLLOUTS * len(heldout.prompts) * heldout.response_length
-        measure = heldout.of_original if model == "original" else heldout.of_student
+        measure = heldout.of_original if model == "original" else partial(heldout.of_student, on_written=on_written)
         with bar(f"{model}, {mode}: held-out prompts", num_tokens) as on_progress:
             figures = measure(scorer, on_progress)
     results = {}

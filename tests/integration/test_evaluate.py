@@ -12,6 +12,7 @@ import torch
 
 from nemo_opdlm.config import ValidationFileConfig
 from nemo_opdlm.config.evaluate import EvaluateConfig, EvaluateModelConfig
+from nemo_opdlm.data.recordings import read_recordings
 from nemo_opdlm.evaluation import tasks
 from nemo_opdlm.evaluation.compare import compare
 from nemo_opdlm.evaluation.generation import Generator
@@ -152,7 +153,8 @@ def test_the_script_writes_one_table_and_all_figures(
     work = (f"tasks=[humaneval,{tmp_path}/arc.jsonl]", "num_questions=2", "max_new_tokens=8")
     prompts = ("validation_ds.num_samples=2", f"validation_ds.file_path={folder}/prompts.jsonl")
     options = ("confirm_run_unsafe_code=true", "modes=[static]", "block_size=8", f"json={tmp_path}/out.json")
-    assert script(folder, original, *work, *prompts, *options) == 0
+    record = f"recording={tmp_path}/recording.json"
+    assert script(folder, original, *work, *prompts, *options, record) == 0
     out = capsys.readouterr().out
     assert "arc: log_likelihood_standard_error" in out  # of the student alone
     for line in ("humaneval: pass@1, 2 questions", "arc: accuracy, 1 questions", "held-out KL", "contained by: "):
@@ -160,6 +162,10 @@ def test_the_script_writes_one_table_and_all_figures(
     found = json.loads((tmp_path / "out.json").read_text())
     assert [column["tasks"]["humaneval"]["value"] for column in found["columns"]] == [0.0, 0.0]
     assert found["config"]["num_questions"] == 2 and "resource limits" in found["sandbox"]
+    (recording,) = read_recordings(tmp_path / "recording.json")
+    assert (recording.mode, recording.block_size, len(recording.responses)) == ("static", 8, 2)
+    agrees = [agrees for response in recording.responses for agrees in response.agrees]
+    assert sum(agrees) / len(agrees) == pytest.approx(found["columns"][1]["figures"]["teacher_agreement"])
 
 
 def test_the_script_runs_no_program_unasked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

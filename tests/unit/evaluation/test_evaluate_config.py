@@ -48,6 +48,7 @@ def test_defaults_are_those_of_generate(given: list[str]) -> None:
         (["validation_ds.num_samples=0"], "validation_ds.num_samples=0 must be at least 1"),
         (["model.restore_from_path=null"], "model.restore_from_path=None must be given"),
         (["json=nowhere/out.json"], "json='nowhere/out.json': the folder does not exist"),
+        (["recording=out.json"], "recording='out.json' needs validation_ds.file_path, the prompts that are answered"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(given: list[str], overrides: list[str], message: str) -> None:
