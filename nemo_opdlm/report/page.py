@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_opdlm.data.recordings import Recording
 from nemo_opdlm.report import plots
-from nemo_opdlm.report.curves import series, smoothed
+from nemo_opdlm.report.curves import series
 from nemo_opdlm.report.figures import FIGURES
 from nemo_opdlm.report.runs import Run
 
@@ -108,15 +108,15 @@ def _hash(text: str) -> str:
 
 
 def last_figures(runs: Sequence[Run]) -> Table:
-    """One column per run, the last value of each metric that any run has; noisy ones smoothed, as in the curves."""
+    """One column per run, the last value of each metric that any run has; noisy ones averaged, as in the curves."""
     rows = [["Updates", *(f"{run.last_step:,}" for run in runs)]]
     for title, key in (("Response tokens written", "generated_tokens"), ("Tokens trained on", "trained_tokens")):
         rows.append([title, *(_number(_last(run, key), ",.0f") for run in runs)])
     for panel in plots.PANELS:
-        rows.append([panel.title, *(_number(_last(run, panel.key, panel.every_step), ".3g") for run in runs)])
-    rows.append(["Seconds per update", *(_number(_last(run, "time/step_s", True), ".3g") for run in runs)])
-    rows.append(["Device hours", *(_number(_last(run, "device_hours"), ".3g") for run in runs)])
-    caption = "Last figures; those of every update are smoothed, as in the curves."
+        rows.append([panel.title, *(_number(_last(run, panel.key, panel.every_step), "#.3g") for run in runs)])
+    rows.append(["Time of an update, seconds", *(_number(_last(run, "time/step_s", True), "#.3g") for run in runs)])
+    rows.append(["Device hours", *(_number(_last(run, "device_hours"), "#.3g") for run in runs)])
+    caption = "Last figures; those of every update are averages, as in the curves"
     return Table(caption, ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
 
 
@@ -126,28 +126,25 @@ def evaluation_table(name: str, evaluation: Mapping[str, Any]) -> Table:
     rows = []
     for figure in FIGURES:
         values = [_number(column["figures"].get(figure.name), f".{figure.digits}f") for column in columns]
-        better = f" ({figure.better} is better)" if figure.better else ""
-        rows.append([figure.title + better, *values])
+        if any(values):
+            rows.append([figure.title, *values, figure.better or "like teacher"])
     for task in dict.fromkeys(task for column in columns for task in column["tasks"]):
         results = [column["tasks"].get(task) for column in columns]
         first = next(filter(None, results))
         title = f"{task}: {first['metric']}, {first['num_questions']} questions"
-        rows.append([title, *("" if result is None else _with_error(result) for result in results)])
-    head = ["", *(f"{column['model']}, {column['mode']}" for column in columns)]
+        rows.append([title, *("" if result is None else _with_error(result) for result in results), "higher"])
+    head = ["", *(f"{column['model']}, {column['mode']}" for column in columns), "better"]
     checksum = evaluation.get("heldout_checksum")
     heldout = f", held-out set {str(checksum)[:8]}" if checksum else ""
-    return Table(f"{name}: AR original and student{heldout}", head, [row for row in rows if any(row[1:])])
+    return Table(f"{name}: AR original and student{heldout}", head, rows)
 
 
 def calibration_table(name: str, recording: Recording) -> Table:
     """What the teacher holds of tokens, one row for each range of confidence."""
     bins = recording.calibration
-    errors = [plots.calibration_error(bins, of) for of in ("agreement", "teacher_probability")]
-    caption = (
-        f"{name}, {recording.mode}: the confidence lies {errors[0]:.3f} from the agreement and {errors[1]:.3f} from the "
-        "teacher's probability, on average over tokens"
-    )
-    head = ["Confidence", "Tokens", "Mean confidence", "Teacher's first choice, share", "Teacher's probability, mean"]
+    gaps = [plots.calibration_error(bins, of) for of in ("agreement", "teacher_probability")]
+    caption = f"{name}, {recording.mode}: mean gap to agreement {gaps[0]:.3f}, to probability {gaps[1]:.3f}"
+    head = ["Confidence", "Tokens", "Mean", "Agreement", "Probability"]
     rows = [
         [
             f"{each.low:.0%}–{each.high:.0%}",
@@ -171,7 +168,7 @@ def sampled_updates(run: Run) -> list[SampledUpdate]:
 
 def _last(run: Run, key: str, is_noisy: bool = False) -> float | None:
     values = series(run.rows, key)[1]
-    return (smoothed(values) if is_noisy else values)[-1] if values else None
+    return (plots.moving_mean(values) if is_noisy else values)[-1] if values else None
 
 
 def _number(value: float | None, form: str) -> str:

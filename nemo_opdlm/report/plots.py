@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from nemo_opdlm.data.recordings import CalibrationBin, Recording
-from nemo_opdlm.report.curves import Panel, series, smoothed
+from nemo_opdlm.report.curves import Panel, series
 from nemo_opdlm.report.runs import Run
 
 if TYPE_CHECKING:
@@ -17,18 +18,23 @@ if TYPE_CHECKING:
 
 PANELS = (
     Panel("Loss, nats per token", "train/loss"),
-    Panel("KL from the teacher on the student's own states, nats per token", "train/kl"),
     Panel("Held-out KL, nats per token", "val_loss", every_step=False),
-    Panel("Tokens that are the teacher's first choice, share", "train/agreement"),
-    Panel("Gradient norm before clipping", "train/grad_norm"),
+    Panel("KL on its own states, nats per token", "train/kl"),
+    Panel("Same first choice, share of tokens", "train/agreement"),
+    Panel("Tokens per forward in rollouts", "rollout/tokens_per_forward"),
     Panel("Response length, mean tokens", "rollout/response_len"),
-    Panel("Tokens per forward pass in rollouts", "rollout/tokens_per_forward"),
+    Panel("Responses cut by their limit, share", "rollout/truncated_frac"),
+    Panel("Gradient norm before clipping", "train/grad_norm"),
+    Panel("Learning rate", "train/lr"),
 )
 #: Steps and values.
 Line = tuple[list[int], list[float]]
 _MASK_RATIO = re.compile(r"train/kl_at_mask_ratio_(\d+(?:\.\d+)?)")
 #: Runs differ in more than colour.
 _DASHES = ("-", "--", "-.", ":")
+_NEIGHBOURS = 0.02
+#: Highest over lowest value of curves that are shown as flat.
+_FLAT = 1.05
 #: Share of the steps that "first" and "last" stand for.
 _ENDS = 0.1
 
@@ -65,10 +71,10 @@ class Theme:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "font.size": 10,
+            "font.size": 12,
             "text.parse_math": False,  # names may hold dollar signs
             "legend.frameon": False,
-            "legend.fontsize": 9,
+            "legend.fontsize": 10.5,
             "figure.dpi": 200,
             "figure.constrained_layout.use": True,
         }
@@ -97,6 +103,16 @@ class Picture:
     dark: bytes
 
 
+def moving_mean(values: Sequence[float]) -> list[float]:
+    """Mean of each value and its neighbours, ``_NEIGHBOURS`` of all values on either side, fewer at the ends.
+
+    It does not lag behind a course that falls fast at first, as an exponential average does.
+    """
+    reach = round(_NEIGHBOURS * len(values))
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [fsum(window) / len(window) for window in windows]
+
+
 def curves(runs: Sequence[Run]) -> Iterator[Picture]:
     """The runs over one another, a picture for each of ``PANELS`` that any of them has values of."""
     for panel in PANELS:
@@ -120,13 +136,13 @@ def kl_by_mask_ratio(runs: Sequence[Run]) -> Iterator[Picture]:
         if not keys:
             continue
         lines = {f"up to {ratio:.0%} masked": series(run.rows, key) for ratio, key in keys.items()}
-        panel = Panel("KL by the share of a block that was masked", "kl_by_mask_ratio")
+        panel = Panel("KL by masked share of a block", "kl_by_mask_ratio")
         if len(runs) > 1:
             panel = Panel(f"{panel.title}: {run.name}", f"{panel.key}_{number}")
         yield _picture(panel.key, panel.title, _course(lines, panel), partial(_draw_from_zero, panel, lines))
         profiles[run.name] = Profile.of(lines.values(), list(keys))
     if profiles:
-        title = f"KL by mask ratio, first and last {_ENDS:.0%} of the updates"
+        title = f"First and last {_ENDS:.0%} of the updates"
         yield _picture("kl_at_the_ends", title, _profile_text(profiles), partial(_draw_profiles, profiles))
 
 
@@ -135,7 +151,7 @@ def calibration(runs: Sequence[Run]) -> Iterator[Picture]:
     for number, run in enumerate(runs, start=1):
         recordings = [recording for recording in run.recordings if recording.calibration]
         if recordings:
-            name, title = "calibration", "What the teacher holds of tokens, by the student's confidence"
+            name, title = "calibration", "The teacher's view, by the student's confidence"
             if len(runs) > 1:
                 name, title = f"{name}_{number}", f"{title}: {run.name}"
             yield _picture(name, title, _calibration_text(recordings), partial(_draw_calibration, recordings))
@@ -194,10 +210,13 @@ def _draw(panel: Panel, lines: Mapping[str, Line], figure: "Figure") -> "Axes":
         style = _style(number)
         if panel.every_step:
             ax.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-            ax.plot(steps, smoothed(values), label=name, **style)
+            ax.plot(steps, moving_mean(values), label=name, **style)
         else:
             ax.plot(steps, values, label=name, marker="o", markersize=3.5, **style)
             ax.set_ylim(bottom=0)
+    highest, lowest = (pick(pick(values) for _, values in lines.values()) for pick in (max, min))
+    if 0 <= lowest <= highest < lowest * _FLAT:  # else noise would look like a course
+        ax.set_ylim(0, 1.1 * highest)
     if len(lines) > 1:
         ax.legend()
     ax.set_xlabel("optimizer step")
@@ -223,7 +242,7 @@ def _draw_profiles(profiles: Mapping[str, Profile], figure: "Figure") -> None:
 
 def _draw_calibration(recordings: Sequence[Recording], figure: "Figure") -> None:
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-    top.plot([0, 1], [0, 1], color="C5", linestyle=":", linewidth=1, label="as confident")
+    top.plot([0, 1], [0, 1], color="C5", linestyle=":", linewidth=1)
     for number, recording in enumerate(recordings):
         colour, bins = f"C{number % len(LIGHT.cycle)}", recording.calibration
         confidence = [each.confidence for each in bins]
@@ -236,7 +255,7 @@ def _draw_calibration(recordings: Sequence[Recording], figure: "Figure") -> None
         bottom.bar(places, [each.num_tokens for each in bins], width, color=colour)
     top.set_ylim(-0.03, 1.03)
     top.set_ylabel("the teacher's")
-    top.legend(loc="upper left")
+    top.legend(loc="lower right", fontsize=9, labelspacing=0.2, borderpad=0.2)
     bottom.set_ylabel("tokens")
     bottom.set_xlim(0, 1)
     bottom.set_xlabel("the student's confidence")
@@ -261,7 +280,7 @@ def _course(lines: Mapping[str, Line], panel: Panel) -> str:
     """First and last values in words."""
     parts = []
     for name, (steps, values) in lines.items():
-        shown = smoothed(values) if panel.every_step else values
+        shown = moving_mean(values) if panel.every_step else values
         parts.append(f"{name} from {shown[0]:.3g} at step {steps[0]} to {shown[-1]:.3g} at step {steps[-1]}")
     return f"{panel.title}: {'; '.join(parts)}."
 

@@ -122,7 +122,7 @@
     find("told").textContent = told(its);
     find("sum").textContent =
       `${revealed} of ${tokens.length} tokens are revealed; ${agreed} of these are the teacher's first choice.`;
-    find("text").textContent = its.pieces.map((piece, i) => (its.steps[i] <= state.step ? piece : "▁")).join("");
+    find("text").textContent = its.pieces.map((piece, i) => (its.steps[i] <= state.step ? piece : "░")).join("");
     // Not `disabled`, which would take the focus from a button that has just been pressed.
     for (const name of ["start", "back"]) find(name).setAttribute("aria-disabled", state.step === 0);
     find("next").setAttribute("aria-disabled", state.step === its.num_forwards);

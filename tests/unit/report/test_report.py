@@ -2,17 +2,20 @@
 
 import html
 import json
+import re
 import runpy
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from nemo_opdlm.report import page as page_module
 from nemo_opdlm.report.page import Pictures, last_figures, render, sampled_updates, write_report
-from nemo_opdlm.report.plots import calibration_error, curves, kl_by_mask_ratio, missing_curves
+from nemo_opdlm.report.plots import calibration_error, curves, kl_by_mask_ratio, missing_curves, moving_mean
 from nemo_opdlm.report.runs import Run, read_runs
 from tests.unit.report.report_runs import HOSTILE, RECORDINGS, write_run
 
+TEMPLATES = Path(page_module.__file__).with_name("templates")
 SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "report.py"
 NO_PICTURES = Pictures((), (), ())
 
@@ -80,10 +83,18 @@ def test_a_malformed_file_is_one_line(tmp_path: Path, file: str, text: str, mess
     assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_figures_are_the_last_ones_and_every_update_counts_smoothed(folder: Path) -> None:
+def test_averages_keep_a_constant_and_the_length_and_do_not_lag() -> None:
+    assert moving_mean([]) == [] and moving_mean([2.0]) == [2.0]
+    assert moving_mean([2.0] * 200) == pytest.approx([2.0] * 200)
+    line = [float(step) for step in range(100)]
+    assert moving_mean(line)[2:-2] == pytest.approx(line[2:-2])
+    assert (moving_mean(line)[0], moving_mean(line)[-1]) == (1.0, 98.0)
+
+
+def test_figures_are_the_last_ones_and_those_of_every_update_are_averages(folder: Path) -> None:
     figures = {row[0]: row[1] for row in last_figures(read_runs([folder])).rows}
     assert figures["Updates"] == "12" and figures["Held-out KL, nats per token"] == "1.25"
-    assert 0.25 < float(figures["Loss, nats per token"]) < 3.0
+    assert figures["Loss, nats per token"] == "0.250"
     assert "Gradient norm before clipping" not in figures  # null throughout
 
 
@@ -114,6 +125,30 @@ def test_the_data_of_the_viewer_are_the_recordings(page: str) -> None:
     first, second = json.loads(island)
     assert (first["run"], first["mode"], second["mode"]) == ("full", "dynamic", "static")
     assert first["responses"][0]["pieces"][2] == HOSTILE
+
+
+def test_text_is_told_from_what_is_behind_it() -> None:
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.partition("@media")[::2])
+    for colours in (light, light | dark):
+        backgrounds = ["background", "card", *(f"level-{level}" for level in range(5))]
+        assert all(contrast(colours["text"], colours[name]) >= 4.5 for name in backgrounds)
+        for name in ("faint", "accent"):
+            assert all(contrast(colours[name], colours[behind]) >= 4.5 for behind in ("background", "card"))
+        # Lines that say something.
+        assert all(contrast(colours["differs"], colours[f"level-{level}"]) >= 3 for level in range(5))
+
+
+def contrast(first: str, second: str) -> float:
+    """Of WCAG 2."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
 
 
 def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
