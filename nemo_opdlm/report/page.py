@@ -76,7 +76,7 @@ def render(runs: Sequence[Run], pictures: Pictures) -> str:
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "viewer.js"))
     return environment.get_template("page.html").render(
-        title=" and ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs),
         runs=runs,
         style=Markup(style),
         script=Markup(script),

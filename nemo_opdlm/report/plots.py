@@ -74,7 +74,7 @@ class Theme:
             "font.size": 12,
             "text.parse_math": False,  # names may hold dollar signs
             "legend.frameon": False,
-            "legend.fontsize": 10.5,
+            "legend.fontsize": 9.5,
             "figure.dpi": 200,
             "figure.constrained_layout.use": True,
         }
@@ -142,7 +142,7 @@ def kl_by_mask_ratio(runs: Sequence[Run]) -> Iterator[Picture]:
         yield _picture(panel.key, panel.title, _course(lines, panel), partial(_draw_from_zero, panel, lines))
         profiles[run.name] = Profile.of(lines.values(), list(keys))
     if profiles:
-        title = f"First and last {_ENDS:.0%} of the updates"
+        title = f"First (dotted) and last {_ENDS:.0%} of the updates"
         yield _picture("kl_at_the_ends", title, _profile_text(profiles), partial(_draw_profiles, profiles))
 
 
@@ -218,7 +218,7 @@ def _draw(panel: Panel, lines: Mapping[str, Line], figure: "Figure") -> "Axes":
     if 0 <= lowest <= highest < lowest * _FLAT:  # else noise would look like a course
         ax.set_ylim(0, 1.1 * highest)
     if len(lines) > 1:
-        ax.legend()
+        _legend(ax, figure)
     ax.set_xlabel("optimizer step")
     return ax
 
@@ -231,12 +231,13 @@ def _draw_profiles(profiles: Mapping[str, Profile], figure: "Figure") -> None:
     ax = figure.subplots()
     for number, (name, profile) in enumerate(profiles.items()):
         style = {"color": f"C{number % len(LIGHT.cycle)}", "marker": "o", "markersize": 4}
-        ax.plot(profile.ratios, profile.first, linestyle=":", label=f"{name}, first", **style)
-        ax.plot(profile.ratios, profile.last, label=f"{name}, last", **style)
+        ax.plot(profile.ratios, profile.first, linestyle=":", **style)
+        ax.plot(profile.ratios, profile.last, label=name, **style)
     ratios = sorted({ratio for profile in profiles.values() for ratio in profile.ratios})
     ax.set_xticks(ratios, [f"≤ {ratio:.0%}" for ratio in ratios])
     ax.set_ylim(bottom=0)
-    ax.legend()
+    if len(profiles) > 1:
+        _legend(ax, figure)
     ax.set_xlabel("share of the block that was masked")
 
 
@@ -255,7 +256,7 @@ def _draw_calibration(recordings: Sequence[Recording], figure: "Figure") -> None
         bottom.bar(places, [each.num_tokens for each in bins], width, color=colour)
     top.set_ylim(-0.03, 1.03)
     top.set_ylabel("the teacher's")
-    top.legend(loc="lower right", fontsize=9, labelspacing=0.2, borderpad=0.2)
+    _legend(top, figure)
     bottom.set_ylabel("tokens")
     bottom.set_xlim(0, 1)
     bottom.set_xlabel("the student's confidence")
@@ -270,6 +271,12 @@ def _calibration_text(recordings: Sequence[Recording]) -> str:
             f"teacher's first choice, of those with {last.confidence:.0%} {last.agreement:.0%}"
         )
     return f"{'; '.join(parts)}. All numbers are in the tables below."
+
+
+def _legend(ax: "Axes", figure: "Figure") -> None:
+    """Above the axes, where it hides no line."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, columnspacing=1.2, labelspacing=0.3)
 
 
 def _style(number: int) -> dict[str, Any]:

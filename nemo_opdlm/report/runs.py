@@ -60,10 +60,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     logs = [_log_folder(folder) for folder in folders]
     if len({log.resolve() for log in logs}) < len(logs):
         raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
-    names = [_name(log) for log in logs]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return [_read(name, folder, log) for name, folder, log in zip(names, folders, logs, strict=True)]
+    return [_read(name, folder, log) for name, folder, log in zip(_names(logs), folders, logs, strict=True)]
 
 
 def _log_folder(folder: Path) -> Path:
@@ -73,9 +70,14 @@ def _log_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no run: there is no {METRICS} in it, nor in {folder / 'log'}")
 
 
-def _name(log: Path) -> str:
-    log = log.resolve()
-    return log.parent.name if log.name == "log" else log.name
+def _names(logs: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as few as tell them apart; `log` says nothing."""
+    paths = [path.parent if path.name == "log" else path for path in (log.resolve() for log in logs)]
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(log) for log in logs]
 
 
 def _read(name: str, folder: Path, log: Path) -> Run:

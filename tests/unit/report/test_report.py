@@ -54,9 +54,11 @@ def test_what_evaluate_writes_may_lie_beside_the_log_folder(tmp_path: Path) -> N
     assert list(read_runs([tmp_path / "run"])[0].recordings) == RECORDINGS
 
 
-def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
+def test_runs_are_called_by_what_tells_their_folders_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / part / "run", bare=True) for part in "ab"]
-    assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
+    assert [run.name for run in read_runs(folders)] == ["a/run", "b/run"]
+    inner = write_run(folders[0] / "log", bare=True)
+    assert [run.name for run in read_runs([folders[0], inner])] == [str(folders[0]), str(inner)]
     with pytest.raises(ValueError, match="a run is named twice"):
         read_runs([folders[0], folders[0]])
 
