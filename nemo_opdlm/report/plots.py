@@ -32,7 +32,10 @@ Line = tuple[list[int], list[float]]
 _MASK_RATIO = re.compile(r"train/kl_at_mask_ratio_(\d+(?:\.\d+)?)")
 #: Runs differ in more than colour.
 _DASHES = ("-", "--", "-.", ":")
+#: Share of all values, on either side of one, that its average is over.
 _NEIGHBOURS = 0.02
+#: Inches, and pixels per inch: letters can be read where a picture is as wide as a phone.
+_WIDTH, _DPI = 4.8, 200
 #: Highest over lowest value of curves that are shown as flat.
 _FLAT = 1.05
 #: Share of the steps that "first" and "last" stand for.
@@ -75,7 +78,7 @@ class Theme:
             "text.parse_math": False,  # names may hold dollar signs
             "legend.frameon": False,
             "legend.fontsize": 9.5,
-            "figure.dpi": 200,
+            "figure.dpi": _DPI,
             "figure.constrained_layout.use": True,
         }
 
@@ -93,12 +96,14 @@ class Picture:
         name: of its file, without the ending.
         title: above it.
         alt: what it shows, in words.
+        size: width and height in pixels.
         light, dark: the PNGs.
     """
 
     name: str
     title: str
     alt: str
+    size: tuple[int, int]
     light: bytes
     dark: bytes
 
@@ -142,7 +147,7 @@ def kl_by_mask_ratio(runs: Sequence[Run]) -> Iterator[Picture]:
         yield _picture(panel.key, panel.title, _course(lines, panel), partial(_draw_from_zero, panel, lines))
         profiles[run.name] = Profile.of(lines.values(), list(keys))
     if profiles:
-        title = f"First (dotted) and last {_ENDS:.0%} of the updates"
+        title = "First (dotted) and last updates"
         yield _picture("kl_at_the_ends", title, _profile_text(profiles), partial(_draw_profiles, profiles))
 
 
@@ -154,7 +159,8 @@ def calibration(runs: Sequence[Run]) -> Iterator[Picture]:
             name, title = "calibration", "The teacher's view, by the student's confidence"
             if len(runs) > 1:
                 name, title = f"{name}_{number}", f"{title}: {run.name}"
-            yield _picture(name, title, _calibration_text(recordings), partial(_draw_calibration, recordings))
+            draw = partial(_draw_calibration, recordings)
+            yield _picture(name, title, _calibration_text(recordings), draw, height=4.2)
 
 
 def calibration_error(bins: Sequence[CalibrationBin], of: str) -> float:
@@ -188,17 +194,19 @@ class Profile:
         return Profile(ratios, [first for first, _ in ends], [last for _, last in ends])
 
 
-def _picture(name: str, title: str, alt: str, draw: Callable[["Figure"], Any]) -> Picture:
-    return Picture(name, title, alt, *(_render(theme, draw) for theme in (LIGHT, DARK)))
+def _picture(name: str, title: str, alt: str, draw: Callable[["Figure"], Any], height: float = 3.1) -> Picture:
+    """A picture of a height in inches."""
+    size = round(_WIDTH * _DPI), round(height * _DPI)
+    return Picture(name, title, alt, size, *(_render(theme, draw, height) for theme in (LIGHT, DARK)))
 
 
-def _render(theme: Theme, draw: Callable[["Figure"], Any]) -> bytes:
+def _render(theme: Theme, draw: Callable[["Figure"], Any], height: float) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     stream = io.BytesIO()
     with rc_context(theme.settings):
-        figure = Figure(figsize=(4.8, 3.1))
+        figure = Figure(figsize=(_WIDTH, height))
         draw(figure)
         figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
