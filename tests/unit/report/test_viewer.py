@@ -68,7 +68,7 @@ def opened(page: Path, fragment: str = "") -> str:
     assert CHROMIUM is not None
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile")
     command = [CHROMIUM, *options, "--virtual-time-budget=10000", "--dump-dom", f"file://{page}{fragment}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def test_the_fragment_names_response_and_forward(page: Path) -> None:
