@@ -12,7 +12,8 @@ from typing import Any
 from nemo_opdlm.data.bounded import parse_json
 from nemo_opdlm.data.shown import shortened, shown
 
-PROMPT_KEYS = ("prompt", "messages", "question")
+PROMPT_KEYS = ("prompt", "messages", "question", "input")
+RESPONSE_KEYS = ("response", "output")
 ROLES = ("system", "user", "assistant")
 _EXTENSIONS = (".jsonl", ".parquet")
 #: All rows are held in memory, and one of parquet may cost a few bits of the file.
@@ -28,7 +29,8 @@ class PromptRow:
     """One row of a prompt file.
 
     Exactly one of `text` (a single user text) and `messages` (a conversation that ends with a user turn) is set.
-    `where` is `file:line` of a jsonl row, `file:row N` of a parquet row; both count from 1.
+    `where` is `file:line` of a jsonl row, `file:row N` of a parquet row; both count from 1. `response` is None unless
+    responses were asked for.
     """
 
     where: str
@@ -36,6 +38,7 @@ class PromptRow:
     text: str | None
     messages: tuple[Message, ...] | None
     domain: str | None
+    response: str | None = None
 
     def conversation(self, suffix: str = "") -> list[Message]:
         """The row as chat turns, `suffix` appended to the last user turn. No system message is ever added."""
@@ -44,11 +47,13 @@ class PromptRow:
         return turns
 
 
-def read_rows(path: str | Path) -> list[PromptRow]:
+def read_rows(path: str | Path, *, with_responses: bool = False) -> list[PromptRow]:
     """Read and validate every row of a prompt file.
 
-    Rows hold `prompt` (text), `question` (text, as in the published OPDLM set) or `messages` (a list of
-    {role, content}), and optionally `domain` and `id`. Other columns are ignored; an absent value may be null.
+    Rows hold `prompt` (text), `question` (text, as in the published OPDLM set), `input` (text, as in NeMo's SFT files)
+    or `messages` (a list of {role, content}), and optionally `domain` and `id`. With responses they also hold `response`
+    or `output` (text), or their `messages` end with an assistant turn. Other columns are ignored; an absent value may be
+    null.
 
     Raises FileNotFoundError for a missing file, ValueError for anything malformed or an empty file.
     """
@@ -58,8 +63,8 @@ def read_rows(path: str | Path) -> list[PromptRow]:
     if path.is_dir() or path.suffix not in _EXTENSIONS:
         kind = "is a folder" if path.is_dir() else f"has the extension {path.suffix!r}"
         raise ValueError(f"prompt file {path} {kind}; expected a file ending in {' or '.join(_EXTENSIONS)}")
-    objects = read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    rows = [_parse_row(where, number, fields) for where, number, fields in objects]
+    objects = read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path, with_responses)
+    rows = [_parse_row(where, number, fields, with_responses) for where, number, fields in objects]
     if not rows:
         raise ValueError(f"prompt file {path} holds no rows")
     return rows
@@ -91,7 +96,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
             yield where, number, row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, int, Any]]:
+def _read_parquet(path: Path, with_responses: bool) -> Iterator[tuple[str, int, Any]]:
     from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
     try:
@@ -99,7 +104,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, int, Any]]:
         names, num_rows = file.schema_arrow.names, file.metadata.num_rows
     except Exception as error:  # Arrow's errors, and Python's for what it cannot express
         raise _damaged(path, error) from error
-    wanted = {*PROMPT_KEYS, "domain", "id"}
+    wanted = {*PROMPT_KEYS, *(RESPONSE_KEYS if with_responses else ()), "domain", "id"}
     columns = [name for name in names if name in wanted]
     if not wanted.intersection(PROMPT_KEYS).intersection(columns):
         raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {shown(names)}")
@@ -126,7 +131,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable parquet file ({shortened(reason)})")
 
 
-def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
+def _parse_row(where: str, number: int, fields: Any, with_responses: bool) -> PromptRow:
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where}: a row must be a JSON object, got {type(fields).__name__}")
     present = [key for key in PROMPT_KEYS if fields.get(key) is not None]
@@ -142,13 +147,37 @@ def _parse_row(where: str, number: int, fields: Any) -> PromptRow:
         raise ValueError(f"{where}: 'id' must be a string or an integer, got {type(row_id).__name__}")
     for name, value in (("domain", domain), ("id", row_id)):
         _check_characters(where, name, value)
+    turns = _parse_messages(where, fields[key]) if key == "messages" else ()
+    response = None
+    if with_responses:
+        turns, response = _split_response(where, fields, turns)
+    if turns and turns[-1]["role"] != "user":
+        raise ValueError(f"{where}: the last of 'messages' must be a user turn, got {turns[-1]['role']!r}")
     return PromptRow(
         where=where,
         row_id=str(number if row_id is None else row_id),
-        text=None if key == "messages" else _parse_text(where, key, fields[key]),
-        messages=_parse_messages(where, fields[key]) if key == "messages" else None,
+        text=None if turns else _parse_text(where, key, fields[key]),
+        messages=turns or None,
         domain=domain,
+        response=response,
     )
+
+
+def _split_response(
+    where: str, fields: Mapping[str, Any], turns: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], str]:
+    """The turns of the prompt, and the response: a column of its own or the last of the turns."""
+    present = [key for key in RESPONSE_KEYS if fields.get(key) is not None]
+    is_last_turn = len(turns) > 1 and turns[-1]["role"] == "assistant"
+    if len(present) + is_last_turn != 1:
+        found = [*present, *(["messages"] if is_last_turn else [])] or "none"
+        raise ValueError(
+            f"{where}: a row needs exactly one response, {' or '.join(map(repr, RESPONSE_KEYS))} or a last assistant turn of "
+            f"'messages', found {found}"
+        )
+    if is_last_turn:
+        return turns[:-1], turns[-1]["content"]
+    return turns, _parse_text(where, present[0], fields[present[0]])
 
 
 def _parse_text(where: str, key: str, value: Any) -> str:
@@ -182,6 +211,4 @@ def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
         if turn["role"] not in ROLES:
             raise ValueError(f"{where}: {name} has role {shown(turn['role'])}; allowed: {', '.join(ROLES)}")
         turns.append({"role": turn["role"], "content": _parse_text(where, f"{name}.content", turn["content"])})
-    if turns[-1]["role"] != "user":
-        raise ValueError(f"{where}: the last of 'messages' must be a user turn, got {turns[-1]['role']!r}")
     return tuple(turns)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_opdlm.config.generate import GenerateConfig, check_denoising_steps
 from nemo_opdlm.data.collate import collate
-from nemo_opdlm.data.prompts import encode_rows, resolve_chat_template
+from nemo_opdlm.data.encoding import encode_rows, resolve_chat_template
 from nemo_opdlm.data.rows import PromptRow, read_rows
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.proposal import SamplingParams

@@ -24,7 +24,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from nemo_opdlm import cli
 from nemo_opdlm.config import Config, full_keys, parse, validate
 from nemo_opdlm.config.generate import GenerateConfig, validate_generate
-from nemo_opdlm.data.prompts import encode_rows, load_prompts
+from nemo_opdlm.data.encoding import encode_rows
+from nemo_opdlm.data.prompts import load_prompts
 from nemo_opdlm.data.rows import PromptRow
 from nemo_opdlm.data.tokenizer import load_tokenizer, resolve_end_token_ids
 from nemo_opdlm.megatron import safe_metadata
@@ -513,7 +514,7 @@ def _members(draw: DrawFn, whole: bytes) -> bytes:
 
 
 def prompts(folder: Path) -> tuple[Callable[[Case], None], Callable[[Case], str]]:
-    """Reads a prompt file through to token ids, with and without a chat template."""
+    """Reads a prompt file through to token ids, with and without a chat template and responses."""
     tokenizers = []
     for template in (None, "{% for turn in messages %}{{ turn.content }} {% endfor %}"):
         home = folder / f"tokenizer-{template is None}"
@@ -528,7 +529,10 @@ def prompts(folder: Path) -> tuple[Callable[[Case], None], Callable[[Case], str]
         path = folder / case.file
         path.write_bytes(case.content)
         tokenizer = tokenizers[len(case.content) % 2]
-        load_prompts(path, tokenizer=tokenizer, max_prompt_length=50, mask_token_id=tiny.MASK_TOKEN_ID)
+        ends = (tiny.END_TOKEN_ID,) if len(case.content) % 4 < 2 else None
+        load_prompts(
+            path, tokenizer=tokenizer, max_prompt_length=50, mask_token_id=tiny.MASK_TOKEN_ID, response_end_ids=ends
+        )
 
     return read, lambda case: case.file
 
@@ -538,6 +542,9 @@ _ROWS: tuple[Any, ...] = (
     {"question": "w4", "domain": "math", "id": 7},
     {"messages": [{"role": "system", "content": "w9"}, {"role": "user", "content": "w4 w5"}], "id": "a"},
     {"prompt": "w6", "messages": None, "answer": {"nested": [1, 2]}},
+    {"input": "w4 w5", "output": " w6"},
+    {"prompt": "w4", "response": " w7 w8", "output": None},
+    {"messages": [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]},
 )
 
 
@@ -565,6 +572,7 @@ def parquet_cases() -> SearchStrategy[Case]:
         for codec in ("NONE", "SNAPPY", "ZSTD")
     ]
     whole.append(_parquet({"messages": pa.array([_ROWS[2]["messages"]] * 2)}, "NONE"))
+    whole.append(_parquet({"input": pa.array(["w4", "w5"]), "output": pa.array([" w6", " w7"])}, "NONE"))
     damaged = mutations.edited_bytes(
         *whole, tokens=(b"PAR1", b"\xff\xff\xff\x7f", b"\x80" * 9, b"\x15", b"\x19", b"\0" * 4)
     )
@@ -621,9 +629,8 @@ _COLUMNS: tuple[Any, ...] = (
 
 @st.composite
 def _typed_parquet(draw: DrawFn) -> bytes:
-    names = draw(
-        st.lists(st.sampled_from(("prompt", "question", "messages", "id", "domain", "x", "", "prompt.a")), max_size=3)
-    )
+    of_rows = ("prompt", "question", "messages", "input", "response", "output", "id", "domain")
+    names = draw(st.lists(st.sampled_from((*of_rows, "x", "", "prompt.a")), max_size=3))
     columns = [draw(st.sampled_from(_COLUMNS)) for _ in names]
     rows = draw(st.sampled_from((0, 1, 3)))
     table = pa.table([pa.array(column)[:rows] for column in columns], names=names)

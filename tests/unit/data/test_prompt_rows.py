@@ -36,6 +36,59 @@ def test_conversation_appends_the_suffix_to_the_last_user_turn_only(write_jsonl)
     assert [turn["content"] for turn in second.conversation()] == ["hello", "hello"], "the row itself is unchanged"
 
 
+def test_responses_are_a_column_or_the_last_turn(write_jsonl):
+    turns = [USER, {"role": "assistant", "content": "hi"}, USER, {"role": "assistant", "content": "bye"}]
+    path = write_jsonl(
+        [
+            {"prompt": "a", "response": "b", "output": None},
+            {"input": "c", "output": "d"},
+            {"messages": [USER], "response": "e"},
+            {"messages": turns},
+        ]
+    )
+    found = read_rows(path, with_responses=True)
+    assert [row.response for row in found] == ["b", "d", "e", "bye"]
+    assert [row.text for row in found] == ["a", "c", None, None]
+    assert [len(row.conversation()) for row in found] == [1, 1, 1, 3]
+
+
+def test_responses_that_nobody_asked_for_are_ignored_but_no_prompt_ends_with_an_assistants_turn(tmp_path, write_jsonl):
+    rows_ = [{"prompt": "a", "response": 7}, {"input": "b", "output": ""}]
+    assert [(row.text, row.response) for row in read_rows(write_jsonl(rows_))] == [("a", None), ("b", None)]
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "response": pyarrow.array([2**62], pyarrow.duration("s"))}), path)
+    assert read_rows(path)[0].response is None
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        read_rows(path, with_responses=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "a row needs exactly one response, 'response' or 'output' or a last assistant .*, found none"),
+        ({"prompt": "a", "response": "b", "output": "c"}, r"found \['response', 'output'\]"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "b"}], "response": "b"},
+            r"found \['response', 'messages'\]",
+        ),
+        ({"messages": [USER]}, "found none"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "found none"),
+        ({"messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "b"}]}, "must be a user turn"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"'messages\[1\].content' is empty"),
+        ({"prompt": "a", "response": " \n"}, "'response' is empty"),
+        ({"input": "a", "output": 3}, "'output' must be a string, got int"),
+        (r'{"prompt": "a", "response": "\udfff"}', "'response' has half a character"),
+        ({"response": "b"}, "needs exactly one of .*none of them among its keys .'response'"),
+        ({"prompt": "a", "input": "b", "output": "c"}, r"found \['prompt', 'input'\]"),
+    ],
+)
+def test_a_row_without_one_response_is_refused_with_file_and_line(write_jsonl, row, message):
+    path = write_jsonl([{"prompt": "fine", "response": "fine"}, row])
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path, with_responses=True)
+    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
 def test_only_a_newline_ends_a_row_and_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "p.jsonl"
     text = "one\u2028two\x85three"
@@ -129,7 +182,7 @@ def test_parquet_rows_equal_jsonl_rows(tmp_path, write_jsonl):
 def test_broken_parquet_files_are_refused(tmp_path):
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"text": ["a"]}), path)
-    with pytest.raises(ValueError, match=r"no column is one of prompt, messages, question; found \['text'\]"):
+    with pytest.raises(ValueError, match=r"no column is one of prompt, messages, question, input; found \['text'\]"):
         read_rows(path)
     path.write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"p\.parquet: not a readable parquet file"):
