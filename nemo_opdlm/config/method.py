@@ -130,7 +130,9 @@ class OPDLMConfig:
         jsd_alpha: weight of the teacher in the mixture of `jsd`.
         divergence_top_k: teacher tokens the divergence looks at; 0 = the full vocabulary.
         tail: what happens to the mass outside them.
-        responses: who writes the responses. `student` = on-policy; `teacher` and `dataset` need `random_mask` states.
+        responses: who writes the responses. `student` = on-policy; `teacher` and `dataset` need `random_mask` states. `dataset`
+            = the prompt file, whose rows then have a `response` or `output`, or `messages` that end with an assistant turn;
+            the limits of a rollout's responses cut them.
         state_selection: which partly masked states of a response are trained.
         states_per_rollout: states drawn per response, sharing its clean stream.
         epochs_per_rollout: passes over the responses of a rollout step, each with states drawn anew.
@@ -187,3 +189,8 @@ class OPDLMConfig:
     def needs_teacher(self) -> bool:
         """Whether a training step asks the teacher for anything."""
         return self.divergence != "nll" or self.responses == "teacher"
+
+    @property
+    def generates(self) -> bool:
+        """Whether training responses are generated, rather than read."""
+        return self.responses != "dataset"

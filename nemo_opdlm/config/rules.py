@@ -103,7 +103,6 @@ FIXED: dict[str, tuple[Any, str]] = {
 #: Recognised choices that nothing implements yet: key, value, what to do instead.
 NOT_AVAILABLE: tuple[tuple[str, Any, str], ...] = (
     ("model.opdlm.block_grid", "response", "use 'absolute'"),
-    ("model.opdlm.responses", "dataset", "use 'student' or 'teacher'"),
     ("model.opdlm.attention", "split", "use 'auto'"),
     ("trainer.precision", "16-mixed", "use 'bf16' or 'bf16-mixed'"),
 )

@@ -140,7 +140,8 @@ class PromptFileConfig:
     """A file of prompts.
 
     Attributes:
-        file_path: jsonl or parquet, rows `{"prompt": ...}` or `{"messages": [...]}`, optional `domain`.
+        file_path: jsonl or parquet, rows `{"prompt": ...}` (or `question`, `input`) or `{"messages": [...]}`, optional
+            `domain`; with `opdlm.responses=dataset` also `response` or `output`, or a last assistant turn.
         max_prompt_length: longer prompts are dropped, in tokens.
         truncate_prompt_to: raw text only: keep the first so many tokens of every prompt.
         chat_template: apply the tokenizer's; "auto" = if it has one.

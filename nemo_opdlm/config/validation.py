@@ -276,6 +276,8 @@ def _data(config: Config) -> None:
             raise ValueError(f"{key}.truncate_prompt_to={cut} must be from 1 to max_prompt_length={longest}")
         if cut is not None and (prompts.chat_template is True or prompts.domain_suffixes):
             raise ValueError(f"{key}.truncate_prompt_to={cut} would cut off the chat template's end or a domain suffix")
+        if cut is not None and name == "train_ds" and not config.model.opdlm.generates:
+            raise ValueError(f"{key}.truncate_prompt_to={cut} would cut a prompt off from its response; use null")
     if config.model.max_position_embeddings is not None:
         _context_length(config, config.model.max_position_embeddings)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.diffusion.state_selection import DenoisingState
-from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
+from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.rng import Stream, uniform
 
 
@@ -52,39 +52,6 @@ class LikelihoodStates:
         # Sets of different sizes and of different blocks are drawn independently: the variances of their means add up.
         variance = draws.var(1).sum((1, 2)) / self.num_samples
         return draws.mean(1).sum((1, 2)), variance.sqrt()
-
-
-def given_texts(
-    prompts: list[Tensor], responses: list[Tensor], sample_ids: Tensor, mask_token_id: int, block_size: int
-) -> Trajectory:
-    """Texts nobody decoded as the record that states are made of; the canvas is masked where it has no text.
-
-    Args:
-        prompts: what is given, int64 ``[P]`` each, P >= 1.
-        responses: what is judged, int64 ``[R]`` each, R >= 1.
-        sample_ids: int64 ``[B]``, the key of the states drawn.
-        mask_token_id: stands beyond the text.
-        block_size: tokens of a block.
-    """
-    prompt_len = torch.tensor([len(prompt) for prompt in prompts])
-    response_len = torch.tensor([len(response) for response in responses])
-    width = -(-int((prompt_len + response_len).max()) // block_size) * block_size
-    token_ids = torch.full((len(prompts), width), mask_token_id)
-    for row, text in enumerate(zip(prompts, responses, strict=True)):
-        joined = torch.cat(text)
-        token_ids[row, : len(joined)] = joined
-    in_prompt = torch.arange(width) < prompt_len[:, None]
-    return Trajectory(
-        token_ids=token_ids,
-        prompt_len=prompt_len,
-        response_len=response_len,
-        unmask_step=torch.where(in_prompt, 0, NEVER_UNMASKED).int(),
-        confidence=torch.zeros(token_ids.shape),
-        finish_reason=torch.full_like(prompt_len, FinishReason.LENGTH),
-        num_forwards=torch.zeros_like(prompt_len),
-        sample_ids=sample_ids,
-        block_size=block_size,
-    )
 
 
 def is_exact(block_size: int, num_samples: int) -> bool:

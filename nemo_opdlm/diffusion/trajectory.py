@@ -1,6 +1,6 @@
 """The record of a rollout: what the student wrote, and when it revealed each token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -176,6 +176,46 @@ class Trajectory:
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> "Trajectory":
         mapped = {name: function(name, tensor) for name, tensor in self._tensors().items()}
         return Trajectory(**mapped, block_size=self.block_size)
+
+
+def given_texts(
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    sample_ids: Tensor,
+    mask_token_id: int,
+    block_size: int,
+    end_token_ids: Collection[int] = (),
+) -> Trajectory:
+    """Texts nobody decoded as the record that states are made of; the canvas is masked where it has no text.
+
+    Args:
+        prompts: what is given, int64 ``[P]`` each, P >= 1.
+        responses: what follows, int64 ``[R]`` each, R >= 1.
+        sample_ids: int64 ``[B]``, the key of the states drawn.
+        mask_token_id: stands beyond the text.
+        block_size: tokens of a block.
+        end_token_ids: a response whose last token is one of them has closed its turn.
+    """
+    prompt_len = torch.tensor([len(prompt) for prompt in prompts])
+    response_len = torch.tensor([len(response) for response in responses])
+    width = -(-int((prompt_len + response_len).max()) // block_size) * block_size
+    token_ids = torch.full((len(prompts), width), mask_token_id)
+    for row, text in enumerate(zip(prompts, responses, strict=True)):
+        joined = torch.cat(text)
+        token_ids[row, : len(joined)] = joined
+    in_prompt = torch.arange(width) < prompt_len[:, None]
+    is_closed = torch.tensor([int(response[-1]) in end_token_ids for response in responses])
+    return Trajectory(
+        token_ids=token_ids,
+        prompt_len=prompt_len,
+        response_len=response_len,
+        unmask_step=torch.where(in_prompt, 0, NEVER_UNMASKED).int(),
+        confidence=torch.zeros(token_ids.shape),
+        finish_reason=torch.where(is_closed, FinishReason.END_OF_TURN, FinishReason.LENGTH),
+        num_forwards=torch.zeros_like(prompt_len),
+        sample_ids=sample_ids,
+        block_size=block_size,
+    )
 
 
 def _resize(tensor: Tensor, width: int, fill: float) -> Tensor:

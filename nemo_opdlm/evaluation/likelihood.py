@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.diffusion.layout import clean_rows, two_stream_rows
-from nemo_opdlm.diffusion.likelihood import LikelihoodStates, given_texts, likelihood_states, num_states
+from nemo_opdlm.diffusion.likelihood import LikelihoodStates, likelihood_states, num_states
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import log_confidence
-from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.diffusion.trajectory import Trajectory, given_texts
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec
 from nemo_opdlm.distillation.targets import TargetIndex
 from nemo_opdlm.evaluation.generation import Generator

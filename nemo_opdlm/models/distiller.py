@@ -12,7 +12,7 @@ from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
-from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.diffusion.trajectory import Trajectory, given_texts
 from nemo_opdlm.distillation.loss import Normalization
 from nemo_opdlm.megatron.exchange import respond_together
 from nemo_opdlm.megatron.forward import RowSplit, forward_backward
@@ -66,7 +66,7 @@ class OnPolicyDistiller:
         method: the method's settings as the pure packages want them.
         student: the network that is trained.
         optimizer: Megatron's optimizer around it.
-        teacher: the frozen AR model; None where ``nll`` trains on student rollouts.
+        teacher: the frozen AR model; None where ``nll`` trains on responses that are not the teacher's.
         prompts: the training prompts.
         step: steps the optimizer at this loss and returns the gradient norm; Lightning counts updates by it.
         on_progress: told how far each batch of a rollout is, before each of its forwards.
@@ -139,14 +139,16 @@ class OnPolicyDistiller:
         return {"rollout_step": rollout_step + 1, **metrics}
 
     def roll_out(self, rollout_step: int, metrics: Metrics) -> Trajectory:
-        """Responses to the prompts of this rollout step, by the student (or the teacher, off policy)."""
+        """Responses to the prompts of this rollout step, by the student (or the teacher, or from the data set, off policy)."""
         samples = self.schedule.indices(rollout_step)
         self.student.finish_param_sync()
         with self.phases.timed("rollout", metrics):
             trajectory = self._respond(rollout_step, samples)
-        metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))
-        self.num_generated_tokens += int(trajectory.response_len.sum())
-        check_rollout(trajectory, rollout_step, self.row_ids(rollout_step), self.config.opdlm.rollout)
+        metrics.update(_response_metrics(trajectory))
+        if self.config.opdlm.generates:
+            metrics.update(_rollout_metrics(trajectory, metrics["time/rollout_s"]))
+            self.num_generated_tokens += int(trajectory.response_len.sum())
+            check_rollout(trajectory, rollout_step, self.row_ids(rollout_step), self.config.opdlm.rollout)
         return trajectory
 
     def row_ids(self, rollout_step: int) -> list[str]:
@@ -158,6 +160,8 @@ class OnPolicyDistiller:
         prompt_ids, prompt_len = collate([self.prompts[i] for i in indices], self.method.pad_id)
         domains = [self.prompts.domains[i] for i in indices]
         limits = self.method.response_limits(rollout_step, prompt_len, domains)
+        if not self.config.opdlm.generates:
+            return self._look_up(samples, limits)
         arguments = (prompt_ids, prompt_len, limits, samples.sample_ids)
         parallel = self.student.parallel
         on_device = [tensor.to(parallel.device) for tensor in arguments]
@@ -168,6 +172,19 @@ class OnPolicyDistiller:
             return generate(*(x[rows] for x in on_device), settings, self.on_progress)
 
         return respond_together(respond, limits, parallel)
+
+    def _look_up(self, samples: SampleBatch, limits: Tensor) -> Trajectory:
+        """The data set's responses, cut at their limits as rollouts are; every rank has them all."""
+        indices, responses = samples.dataset_indices.tolist(), self.prompts.responses
+        assert responses is not None
+        return given_texts(
+            [self.prompts[i] for i in indices],
+            [responses[i][:limit] for i, limit in zip(indices, limits.tolist(), strict=True)],
+            samples.sample_ids,
+            self.method.mask_token_id,
+            self.config.opdlm.block_size,
+            self.method.tokens.end_token_ids,
+        ).to(self.student.parallel.device)
 
     def _generator(self) -> Callable[..., Trajectory]:
         max_batch_size = self.config.opdlm.rollout.max_batch_size
@@ -348,13 +365,15 @@ def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, d
     return torch.cat([rows[lengths[rows].argsort(stable=True)][dp_rank::dp_size] for rows in updates])
 
 
+def _response_metrics(trajectory: Trajectory) -> Metrics:
+    return {"rollout/response_len": float(trajectory.response_len.sum()) / len(trajectory), **rollout_health(trajectory)}
+
+
 def _rollout_metrics(trajectory: Trajectory, seconds: float) -> Metrics:
     num_tokens = float(trajectory.response_len.sum())
     return {
-        "rollout/response_len": num_tokens / len(trajectory),
         "rollout/tokens_per_forward": num_tokens / float(trajectory.num_forwards.sum()),
         "rollout/tokens_per_s": num_tokens / seconds,
-        **rollout_health(trajectory),
     }
 
 

@@ -209,6 +209,8 @@ class _Planner:
 
     def _rollout(self) -> list[Moment]:
         opdlm, rollout, row = self._model.opdlm, self._model.opdlm.rollout, self._row
+        if not opdlm.generates:
+            return []
         by_teacher = opdlm.responses == "teacher"
         network, block = (self._teacher, 1) if by_teacher else (self._student, opdlm.block_size)
         length = flex.bucket(row.blocks) if self._uses_flex(network) else row.blocks

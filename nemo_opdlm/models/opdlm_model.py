@@ -144,7 +144,7 @@ class OPDLMModel(ModelPT):
         return Method.of(self.config, self.tokens, self.arch.max_position_embeddings, max_steps)
 
     def use_teacher(self, teacher: Teacher | None) -> None:
-        """Hand over the frozen teacher; None where ``nll`` trains on the student's own rollouts."""
+        """Hand over the frozen teacher; None where ``nll`` trains on responses that are not the teacher's."""
         self._unregistered = (teacher,)
 
     @property

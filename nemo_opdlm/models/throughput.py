@@ -38,7 +38,8 @@ class Throughput:
 
     - the student's two-stream rows, forward once and backward twice, with the head on the masked tokens;
     - in the first step of a rollout batch, the rollout: `denoising forwards x block_size` tokens, and each block but a row's
-      last once more as it is committed, with the head on the tokens that are still masked;
+      last once more as it is committed, with the head on the tokens that are still masked; none where a data set has the
+      responses;
     - in the same step, the teacher's causal pass over prompt and response; its head on the masked tokens of each update, or
       on all response tokens at once for top-k targets.
 
@@ -117,9 +118,8 @@ class Throughput:
         trained = training_work(trajectory, batch.states, has_causal_copy).stack()
         by_update = trained.unflatten(1, (-1, self.config.global_batch_size)).sum(-1).T
         work = torch.cat([rolled.stack().sum(1)[None], taught.stack().sum(1)[None], by_update]).tolist()
-        writer = self.student if is_on_policy else self.teacher
-        assert writer is not None
-        rollout_flops = forward_flops(writer, work[0])
+        writer = {"student": self.student, "teacher": self.teacher}.get(opdlm.responses)
+        rollout_flops = 0.0 if writer is None else forward_flops(writer, work[0])
         update_flops = [3 * forward_flops(self.student, update) for update in work[2:]]
         if self.teacher is not None and opdlm.divergence != "nll":
             rollout_flops += forward_flops(self.teacher, work[1])

@@ -162,7 +162,8 @@ def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
     opdlm = config.model.opdlm
     assert opdlm.mask_token_id is not None
     tokens = SpecialTokens.read(tokenizer, arch.vocab_size, opdlm.mask_token_id, opdlm.rollout.end_token_ids, origin)
-    train, heldout = (_prompts(settings, tokenizer, tokens) for settings in (data.train_ds, data.validation_ds))
+    train = _prompts(data.train_ds, tokenizer, tokens, with_responses=not opdlm.generates)
+    heldout = _prompts(data.validation_ds, tokenizer, tokens)
     _check_lengths(config, tokens, train, heldout)
     return Inputs(config, origin, tokens, train, heldout)
 
@@ -176,7 +177,10 @@ def _check_lengths(
     method = Method.of(model, tokens, model.max_position_embeddings, max_steps)
     if train is not None:
         limits = method.longest_responses(train.prompt_len, list(train.domains))
-        _check_cache(model, train.prompt_len, limits, model.opdlm.block_size)
+        if train.responses is None:
+            _check_cache(model, train.prompt_len, limits, model.opdlm.block_size)
+        else:
+            limits = torch.minimum(limits, train.responses.lengths)
         _check_packs(model, train.prompt_len, limits)
     if heldout is not None:
         validation = model.data.validation_ds
@@ -239,7 +243,9 @@ def _with_archive(config: Config, archive: Archive, arch: Architecture) -> Confi
     return replace(config, model=replace(config.model, opdlm=opdlm, **shape))
 
 
-def _prompts(data: PromptFileConfig, tokenizer: Any, tokens: SpecialTokens) -> PromptDataset | None:
+def _prompts(
+    data: PromptFileConfig, tokenizer: Any, tokens: SpecialTokens, *, with_responses: bool = False
+) -> PromptDataset | None:
     if data.file_path is None:
         return None
     prompts = load_prompts(
@@ -251,6 +257,7 @@ def _prompts(data: PromptFileConfig, tokenizer: Any, tokens: SpecialTokens) -> P
         domain_suffixes=data.domain_suffixes,
         truncate_prompt_to=data.truncate_prompt_to,
         mask_token_id=tokens.mask_token_id,
+        response_end_ids=tokens.end_token_ids if with_responses else None,
     )
     logging.info(f"{data.file_path}: {len(prompts)} prompts, {prompts.num_dropped_too_long} dropped as too long")
     return prompts

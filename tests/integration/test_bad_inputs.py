@@ -188,6 +188,15 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "nll-with-top-k": (("model.opdlm.divergence=nll", "model.opdlm.divergence_top_k=4"), r"contradicts divergence='nll'"),
     "tail-without-top-k": (("model.opdlm.tail=partial",), r"model\.opdlm\.tail='partial' contradicts divergence_top_k=0"),
     "teacher-responses-with-own-states": (("model.opdlm.responses=teacher",), r"state_selection='one_state_per_block'"),
+    "data-set-responses-with-own-states": (("model.opdlm.responses=dataset",), r"state_selection='one_state_per_block'"),
+    "no-responses": (
+        ("+experiment=sft_dataset", "model.data.train_ds.file_path={folder}/long.jsonl"),
+        r"long\.jsonl:1: a row needs exactly one response, 'response' or 'output' or a last assistant turn",
+    ),
+    "prompts-cut-off-from-their-responses": (
+        ("+experiment=sft_dataset", "model.data.train_ds.truncate_prompt_to=4"),
+        r"train_ds\.truncate_prompt_to=4 would cut a prompt off from its response; use null",
+    ),
     "response-grid": (("model.opdlm.block_grid=response",), r"block_grid='response' is not available yet"),
     "batch-sizes": (("model.micro_batch_size=3",), r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3"),
     "pack-below-the-longest-row": (

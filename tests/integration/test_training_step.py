@@ -1,5 +1,6 @@
 """Training from the configuration to the archive, in every mode of the method, on a random model of two layers."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_opdlm.diffusion.trajectory import FinishReason
 from nemo_opdlm.models.archive_format import open_nemo
 from nemo_opdlm.models.health import UnhealthyRun
 from nemo_opdlm.models.opdlm_model import OPDLMModel
+from nemo_opdlm.testing import tiny
+from tests.integration.plain_transformers import block_logits
 from tests.integration.training_runs import TINY, read_metrics, run, tiny_inputs, write_prompts, write_tiny_archive
 
 #: Name -> overrides; the names are those of the ablations and options of the method.
@@ -21,6 +26,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "random_mask": ("+experiment=random_mask",),
     "off_policy": ("+experiment=off_policy",),
     "sft": ("+experiment=sft_baseline",),
+    "sft_dataset": ("+experiment=sft_dataset",),
+    "dataset_responses": ("opdlm/states=dataset_responses", "model.opdlm.ar_loss_weight=0.5"),
     "nll_on_own_rollouts": ("model.opdlm.divergence=nll",),
     "all_states": ("model.opdlm.state_selection=all_states",),
     "two_states": ("model.opdlm.states_per_rollout=2",),
@@ -48,7 +55,9 @@ MODES: dict[str, tuple[str, ...]] = {
     ),
 }
 #: Modes that train other states than those the student visited.
-UNVISITED = {"random_mask", "off_policy", "sft"}
+UNVISITED = {"random_mask", "off_policy", "sft", "sft_dataset", "dataset_responses"}
+#: Modes that read their responses.
+READ = {"sft_dataset", "dataset_responses"}
 #: Modes in which rounding decides how far the two forwards lie apart.
 ROUNDED = {"bf16", "bf16-mixed", "megatron_amp_O2", "exact_teacher"}
 ALWAYS = {
@@ -105,7 +114,9 @@ def test_every_mode_trains(mode: str, inputs: tuple[str, ...], tmp_path: Path) -
         assert 0 < rows[0]["rollout/logprob_gap"] <= rows[0]["rollout/logprob_gap_max"] < tolerance
     assert all(("rollout/logprob_gap" in row) == (row is rows[0] and mode not in UNVISITED) for row in rows)
     assert 0 < rows[0]["trained_tokens"] < rows[1]["trained_tokens"]
-    assert rows[0]["generated_tokens"] == rows[1]["generated_tokens"] == 8 * rows[0]["rollout/response_len"]
+    num_generated = 0 if mode in READ else 8 * rows[0]["rollout/response_len"]
+    assert rows[0]["generated_tokens"] == rows[1]["generated_tokens"] == num_generated
+    assert ("rollout/tokens_per_forward" in rows[0]) == (mode not in READ)
     before = network_weights(untrained)
     for name, tensor in network_weights(model).items():
         assert tensor.isfinite().all() and not torch.equal(tensor, before[name]), name
@@ -137,6 +148,42 @@ def test_where_the_teacher_waits_and_when_gradients_are_summed_changes_nothing(
             assert (key in row) == (key in plain)
             # With overlap the head's gradient is added up apart, and rounded otherwise.
             assert row.get(key, 0.0) == pytest.approx(plain.get(key, 0.0), rel=1e-5), key
+
+
+def test_sft_on_the_data_sets_responses_is_the_nll_of_transformers(tmp_path: Path) -> None:
+    """Of the first update, token by token; a response is the row's words and the end token, up to the limit."""
+    paths = tiny_inputs(tmp_path)[:2]
+    model = run(tmp_path / "log", *TINY, *paths, *MODES["sft_dataset"], "trainer.max_steps=1")
+    assert model.teacher is None
+    batch = model.distiller.batch
+    assert batch is not None
+    source = tmp_path / "hf-qwen3-tied-wide-heads-0"
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="eager")
+    lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    losses, reasons = [], set()
+    for row, row_id in enumerate(model.distiller.row_ids(1)[:4]):
+        prompt, response = ([int(word[1:]) for word in lines[int(row_id) - 1][key].split()] for key in ("prompt", "response"))
+        clean = torch.tensor([*prompt, *[*response, tiny.END_TOKEN_ID][:10]])
+        assert torch.equal(batch.trajectory.token_ids[row, : len(clean)], clean)
+        reasons.add(FinishReason(int(batch.trajectory.finish_reason[row])))
+        state = batch.states.state_ids[row, 0]
+        losses.append(masked_nll(reference, clean, state, len(prompt)))
+        assert len(losses[-1]) == int(batch.states.loss_mask[row].sum()) > 0
+    assert reasons == {FinishReason.END_OF_TURN, FinishReason.LENGTH}
+    (metrics,) = read_metrics(tmp_path / "log")
+    assert metrics["train/loss"] == pytest.approx(float(torch.stack([x.mean() for x in losses]).mean()), rel=1e-5)
+    assert metrics["trained_tokens"] == sum(map(len, losses)) and metrics["generated_tokens"] == 0
+
+
+def masked_nll(reference: PreTrainedModel, clean: Tensor, state: Tensor, prompt_len: int) -> Tensor:
+    """Of each masked response token, seen from its block's state and the clean blocks before it."""
+    found = []
+    for start in range(prompt_len // 4 * 4, len(clean), 4):
+        log_probs = block_logits(reference, torch.cat([clean[:start], state[start : start + 4]]), 4).log_softmax(-1)
+        for i in range(max(start, prompt_len), min(start + 4, len(clean))):
+            if state[i] == tiny.MASK_TOKEN_ID:
+                found.append(-log_probs[i - start, clean[i]])
+    return torch.stack(found)
 
 
 def test_two_states_train_about_twice_the_tokens_of_one(

@@ -53,9 +53,16 @@ def write_tiny_archive(folder: Path, family: str = "qwen3-tied-wide-heads", seed
 
 
 def write_prompts(path: Path, num_prompts: int = 24) -> Path:
-    """Prompts of the tiny tokenizer's words, 1 to 8 of them."""
-    texts = [" ".join(f"w{4 + (3 * row + word) % 36}" for word in range(1 + row % 8)) for row in range(num_prompts)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    """Prompts of the tiny tokenizer's words, 1 to 8 of them, and responses of 1 to 13 for those who ask for them."""
+
+    def words(first: int, count: int) -> str:
+        return " ".join(f"w{4 + (first + word) % 36}" for word in range(count))
+
+    rows = [
+        {"prompt": words(3 * row, 1 + row % 8), "response": " " + words(5 * row, 1 + 5 * row % 13)}
+        for row in range(num_prompts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -173,15 +173,17 @@ def build(archive: str, layout: Layout, *overrides: str) -> Recorder:
     network = wrap(student, settings)
     method = Method.of(config.model, tokens, arch.max_position_embeddings, MAX_STEPS)
     optimizer = StudentOptimizer(network, settings)
-    recorder = Recorder(config.model, method, network, optimizer, teacher, _prompts(config, tokenizer, mask_token_id))
+    recorder = Recorder(config.model, method, network, optimizer, teacher, _prompts(config, tokenizer, tokens))
     recorder.rollouts = []
     return recorder
 
 
-def _prompts(config: Config, tokenizer: Any, mask_token_id: int) -> PromptDataset:
+def _prompts(config: Config, tokenizer: Any, tokens: SpecialTokens) -> PromptDataset:
     names = {field.name for field in fields(config.model.data.train_ds)} - {"file_path"}
     settings = {name: getattr(config.model.data.train_ds, name) for name in names}
-    return load_prompts(str(config.model.data.train_ds.file_path), tokenizer=tokenizer, mask_token_id=mask_token_id, **settings)
+    settings["response_end_ids"] = None if config.model.opdlm.generates else tokens.end_token_ids
+    file_path, mask_token_id = str(config.model.data.train_ds.file_path), tokens.mask_token_id
+    return load_prompts(file_path, tokenizer=tokenizer, mask_token_id=mask_token_id, **settings)
 
 
 @dataclass(frozen=True)

@@ -196,11 +196,23 @@ def larger_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.kd_teacher_restore_from_path={folder / 'teacher.nemo'}"
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "larger teacher"])
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The default passages in two parts, of which the second is the response."""
+    texts = [json.loads(line)["prompt"] for line in runs.PROMPTS.read_text(encoding="utf-8").splitlines()]
+    path = tmp_path_factory.mktemp("passages") / "passages.jsonl"
+    rows = [{"prompt": text[:20], "response": text[20 : 30 + 3 * (number % 20)]} for number, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"model.data.train_ds.file_path={path}", "model.data.train_ds.truncate_prompt_to=null", "+experiment=sft_dataset"
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "larger teacher", "data set's responses"])
 def test_other_modes_do_not_depend_on_the_layout_either(name: str, glassllm: str, request: pytest.FixtureRequest) -> None:
     if name == "larger teacher":
         num_ranks, layout = 4, Layout(tensor=2, pipeline=2)
         overrides: tuple[str, ...] = (request.getfixturevalue("larger_teacher"),)
+    elif name == "data set's responses":
+        num_ranks, layout, overrides = 4, Layout(tensor=2), request.getfixturevalue("passages")
     else:
         num_ranks, layout, overrides = VARIANTS[name]
     ranks: Ranks = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[num_ranks])

@@ -158,13 +158,15 @@ def test_every_experiment_is_valid_in_every_layout(experiment: str) -> None:
         checked(merged(config, read("parallel", parallel)), ranks_of(parallel))
 
 
-@pytest.mark.parametrize("ablation", ["random_mask", "off_policy", "sft_baseline", "block_size_curriculum"])
+@pytest.mark.parametrize("ablation", ["random_mask", "off_policy", "sft_baseline", "sft_dataset", "block_size_curriculum"])
 def test_ablations_combine_with_the_paper(ablation: str) -> None:
     config = checked(composed(f"experiment=[paper_4b,{ablation}]"))
     opdlm = config.model.opdlm
     assert (config.trainer.devices, config.trainer.max_steps, config.model.num_layers) == (8, 7728, 36)
-    assert opdlm.divergence_top_k == (0 if ablation == "sft_baseline" else 16)
-    assert opdlm.responses == ("teacher" if ablation in ("off_policy", "sft_baseline") else "student")
+    is_sft = ablation.startswith("sft")
+    assert (opdlm.divergence_top_k, opdlm.divergence) == ((0, "nll") if is_sft else (16, "forward_kl"))
+    of_others = {"off_policy": "teacher", "sft_baseline": "teacher", "sft_dataset": "dataset"}
+    assert opdlm.responses == of_others.get(ablation, "student")
 
 
 def test_a_later_stage_of_the_block_size_curriculum_is_not_its_own_teacher(tmp_path: Path) -> None:

@@ -239,7 +239,6 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.mcore_customization_config", {"hidden_size": 64}, "model.hidden_size"),
     ("model.mcore_customization_config", {"softmax_scal": 1.0}, "did you mean softmax_scale?"),
     ("model.mcore_customization_config", {"sequence_parallel": True}, "model.sequence_parallel"),
-    ("model.opdlm.responses", "dataset", "not available"),
     # contradictions with the other keys
     ("trainer.max_steps", None, "must be given"),
     ("trainer.max_steps", 80, "model.optim.sched.warmup_steps=80"),
@@ -266,6 +265,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.optim.sched.min_lr", 1.0, "at most model.optim.lr"),
     ("model.opdlm.tail", "partial", "divergence_top_k=0"),
     ("model.opdlm.responses", "teacher", "'random_mask'"),
+    ("model.opdlm.responses", "dataset", "'random_mask'"),
     ("model.opdlm.rollout.max_new_tokens_schedule.type", None, "max_new_tokens"),
     ("model.opdlm.rollout.max_new_tokens_schedule.end", 10, "at least start=100"),
     ("model.activations_checkpoint_granularity", "full", "activations_checkpoint_method"),

@@ -76,6 +76,14 @@ def test_a_prompt_that_does_not_fit_beside_the_longest_response_is_taken_shorter
     assert RowLimits(6, 5, 2, 4).two_stream == 4 + 3 * 8
 
 
+def test_responses_that_are_read_need_neither_rollout_nor_teacher() -> None:
+    read = replace(CONFIG.model.opdlm, responses="dataset", state_selection="random_mask", divergence="nll")
+    assert {moment.name.partition(":")[0] for moment in moments(opdlm=read)} == {"update"}
+    assert {moment.teacher for moment in moments(opdlm=read)} == {0}
+    taught = {moment.name.partition(":")[0] for moment in moments(opdlm=replace(read, divergence="forward_kl"))}
+    assert taught == {"teacher", "update"}
+
+
 def test_a_stage_keeps_a_micro_batch_for_every_stage_behind_it() -> None:
     stages = plan_memory(
         replace(CONFIG, model=replace(CONFIG.model, pipeline_model_parallel_size=4)),

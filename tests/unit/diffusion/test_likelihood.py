@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_opdlm.diffusion.likelihood import LikelihoodStates, given_texts, is_exact, likelihood_states
-from nemo_opdlm.diffusion.trajectory import Trajectory
+from nemo_opdlm.diffusion.likelihood import LikelihoodStates, is_exact, likelihood_states
+from nemo_opdlm.diffusion.trajectory import Trajectory, given_texts
 
 MASK = 99
 SHAPES = [(3, 6), (4, 4), (1, 1), (5, 9)]
