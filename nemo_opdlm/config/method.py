@@ -148,6 +148,9 @@ class OPDLMConfig:
         pack_to_tokens: rows of different lengths share a micro-batch of at most so many tokens, end to end, and
             `micro_batch_size` has no say; it has to hold the longest row. null = rows are padded to the longest of their
             micro-batch.
+        max_trained_tokens: the run ends after the update that has trained so many supervised tokens (`trained_tokens` in
+            metrics.jsonl), with the validation and the checkpoint of its last step; null = `trainer.max_steps` alone. Baselines
+            of equal cost have it in common; the learning rate still follows the steps.
         max_consecutive_skips: skipped updates in a row (loss or gradients not finite, nothing supervised) before the run stops.
         rollout: how the student generates.
         teacher: how the teacher is held.
@@ -170,6 +173,7 @@ class OPDLMConfig:
     exclude_end_token: bool = False
     attention: AttentionKernel = "auto"
     pack_to_tokens: int | None = None
+    max_trained_tokens: int | None = None
     max_consecutive_skips: int = 10
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

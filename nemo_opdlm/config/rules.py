@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.opdlm.epochs_per_rollout": (lambda v: v >= 1, "at least 1"),
     "model.opdlm.ar_loss_weight": (lambda v: 0 <= v < float("inf"), "at least 0 (0 = none)"),
     "model.opdlm.pack_to_tokens": (lambda v: v >= 1, "at least 1, or null"),
+    "model.opdlm.max_trained_tokens": (lambda v: v >= 1, "at least 1, or null"),
     "model.opdlm.max_consecutive_skips": (lambda v: v >= 1, "at least 1"),
     "model.opdlm.rollout.num_prompts_per_step": (lambda v: v >= 1, "at least 1"),
     "model.opdlm.rollout.num_responses_per_prompt": (lambda v: v >= 1, "at least 1"),

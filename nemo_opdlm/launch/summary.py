@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from nemo_opdlm.launch.jobs import Job
 FILE = "sweep.csv"
 FINISHED, FAILED, STOPPED, NOT_STARTED = "finished", "failed", "stopped", "not started"
 _METRICS = ("val_loss", "train/loss", "rollout/tokens_per_s")
-_COLUMNS = ("status", "step", "max_steps", *_METRICS, "job_id", "log_dir")
+_READ = ("trained_tokens", *_METRICS)
+_COLUMNS = ("status", "step", "max_steps", "max_trained_tokens", *_READ, "job_id", "log_dir")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Row:
         swept: key -> value.
         log_dir: exp_manager's folder.
         max_steps: steps of the whole run.
-        status: `finished`, `stopped` (without an error, before `max_steps`), `failed`, `not started`, or Slurm's state.
+        status: `finished`, `stopped` (without an error, before its end), `failed`, `not started`, or Slurm's state.
         job_id: Slurm's, "" elsewhere.
+        max_trained_tokens: tokens that end the whole run before `max_steps`; None = nothing does.
     """
 
     swept: dict[str, str]
@@ -36,36 +38,44 @@ class Row:
     max_steps: int
     status: str = NOT_STARTED
     job_id: str = ""
+    max_trained_tokens: int | None = None
 
     @classmethod
     def of(cls, job: Job, status: str = NOT_STARTED, job_id: str = "") -> "Row":
         """The row of a job."""
-        assert job.config.trainer.max_steps is not None
-        return cls(dict(job.swept), job.log_dir, job.config.trainer.max_steps, status, job_id)
+        config = job.config
+        assert config.trainer.max_steps is not None
+        max_trained_tokens = config.model.opdlm.max_trained_tokens
+        return cls(dict(job.swept), job.log_dir, config.trainer.max_steps, status, job_id, max_trained_tokens)
 
     @classmethod
     def ended(cls, job: Job, exit_code: int) -> "Row":
         """The row of a job whose process has ended."""
         row = cls.of(job)
-        reached = row.metrics()["step"] >= row.max_steps
-        status = (FINISHED if reached else STOPPED) if exit_code == 0 else f"{FAILED} ({exit_code})"
-        return cls.of(job, status)
+        status = (FINISHED if row.has_ended else STOPPED) if exit_code == 0 else f"{FAILED} ({exit_code})"
+        return replace(row, status=status)
 
     @property
     def is_well(self) -> bool:
         """Whether it is done, or still to be done by Slurm."""
         return not self.status.startswith((FAILED, STOPPED, NOT_STARTED))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its run has made all of its steps, or trained all of its tokens."""
+        metrics, enough = self.metrics(), self.max_trained_tokens
+        return metrics["step"] >= self.max_steps or (enough is not None and (metrics["trained_tokens"] or 0) >= enough)
+
     def metrics(self) -> dict[str, Any]:
         """The last step, and the last value of each metric of the table that the run has written; None without one."""
         file = self.log_dir / "metrics.jsonl"
-        found: dict[str, Any] = {"step": 0, **dict.fromkeys(_METRICS)}
+        found: dict[str, Any] = {"step": 0, **dict.fromkeys(_READ)}
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         for line in lines:
             if line.startswith("{") and line.endswith("}"):  # a killed run may have left half a line
                 row = json.loads(line)
                 found["step"] = row["global_step"]
-                found |= {name: row[name] for name in _METRICS if row.get(name) is not None}
+                found |= {name: row[name] for name in _READ if row.get(name) is not None}
         return found
 
 
@@ -99,7 +109,7 @@ def write(folder: Path, rows: Sequence[Row]) -> Path:
         writer = csv.DictWriter(stream, [*rows[0].swept, *_COLUMNS])
         writer.writeheader()
         for row in merged.values():
-            known = {"status": row.status, "max_steps": row.max_steps, "job_id": row.job_id, "log_dir": row.log_dir}
+            known = {name: value for name, value in vars(row).items() if name in _COLUMNS}
             writer.writerow(row.swept | row.metrics() | known)
     os.replace(partial, file)
     return file
@@ -123,6 +133,7 @@ def read(folder: Path) -> list[Row]:
                 int(line["max_steps"]),
                 line["status"],
                 line["job_id"],
+                int(line["max_trained_tokens"]) if line["max_trained_tokens"] else None,
             )
             for line in lines
         ]
@@ -132,8 +143,7 @@ def refreshed(row: Row) -> Row:
     """A job of Slurm as it stands now; other jobs as they are."""
     if not row.job_id:
         return row
-    state = _queued(row.job_id) or (FINISHED if row.metrics()["step"] >= row.max_steps else STOPPED)
-    return Row(row.swept, row.log_dir, row.max_steps, state, row.job_id)
+    return replace(row, status=_queued(row.job_id) or (FINISHED if row.has_ended else STOPPED))
 
 
 def _queued(job_id: str) -> str | None:

@@ -220,6 +220,17 @@ class OPDLMModel(ModelPT):
         """Megatron's optimizer, as Lightning wants to see it."""
         return MegatronOptimizerHandle(self._optimizer.megatron.param_groups, self._optimizer.step)
 
+    def on_train_start(self) -> None:
+        """A run that has trained enough tokens makes no update when it is started again."""
+        super().on_train_start()
+        self._stop_at_enough_tokens()
+
+    def _stop_at_enough_tokens(self) -> None:
+        limit, trained = self.config.opdlm.max_trained_tokens, self.distiller.num_trained_tokens
+        if limit is not None and trained >= limit:
+            logging.info(f"The run ends after {trained} trained tokens: model.opdlm.max_trained_tokens={limit}.")
+            self.trainer.should_stop = True
+
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One update (``OnPolicyDistiller.update``)."""
         global_step, start = self.global_step, time.perf_counter()
@@ -235,6 +246,7 @@ class OPDLMModel(ModelPT):
         same = {theirs: metrics[ours] for ours, theirs in NEMO_NAMES.items()}
         # For checkpoints and early stopping to monitor; MetricsFile writes them to the loggers.
         self.log_dict({**metrics, **same}, batch_size=1, logger=False)
+        self._stop_at_enough_tokens()
 
     def samples(self, count: int) -> list[Sample]:
         """The first rollouts of the batch that the last update trained on, as text."""

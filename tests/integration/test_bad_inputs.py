@@ -197,6 +197,7 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ("+experiment=sft_dataset", "model.data.train_ds.truncate_prompt_to=4"),
         r"train_ds\.truncate_prompt_to=4 would cut a prompt off from its response; use null",
     ),
+    "no-tokens-to-train": (("model.opdlm.max_trained_tokens=0",), r"max_trained_tokens=0 must be at least 1, or null"),
     "response-grid": (("model.opdlm.block_grid=response",), r"block_grid='response' is not available yet"),
     "batch-sizes": (("model.micro_batch_size=3",), r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3"),
     "pack-below-the-longest-row": (

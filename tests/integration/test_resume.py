@@ -115,6 +115,24 @@ def test_the_second_pass_over_a_rollout_batch_is_resumed_bitwise(first_leg: int,
     assert trained[3] - trained[2] != trained[1] - trained[0], "the same states once more"
 
 
+def test_a_run_on_a_data_set_ends_at_its_trained_tokens_and_resumes_bitwise(tmp_path: Path) -> None:
+    """With the validation and the checkpoint of a last step; started again it has nothing to do, and with more it goes on."""
+    settings = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, SCHEDULE, "+experiment=sft_dataset", "trainer.val_check_interval=5")
+    whole = run(tmp_path / "whole", *settings, "trainer.max_steps=5")
+    expected = read_metrics(tmp_path / "whole")
+    budget = int(expected[1]["trained_tokens"]) + 1
+    for _ in range(2):
+        cut = run(tmp_path / "cut", *settings, "trainer.max_steps=5", f"model.opdlm.max_trained_tokens={budget}")
+        found = read_metrics(tmp_path / "cut")
+        assert [row["global_step"] for row in found] == [1, 2, 3] and "val_loss" in found[2]
+        assert found[1]["trained_tokens"] < budget <= found[2]["trained_tokens"] == cut.distiller.num_trained_tokens
+        assert len(list((tmp_path / "cut" / "checkpoints").glob("*step=3*-last"))) == 1
+        assert list((tmp_path / "cut" / "checkpoints").glob("*.nemo"))
+    assert_identical(everything(whole), everything(run(tmp_path / "cut", *settings, "trainer.max_steps=5")))
+    found = without_measured(read_metrics(tmp_path / "cut"))
+    assert found[2].pop("val_loss") > 0 and found == without_measured(expected)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
 def test_fp32_master_weights_and_moments_survive_an_interruption_in_bf16(precision: str, tmp_path: Path) -> None:
     overrides = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, f"trainer.precision={precision}")

@@ -266,6 +266,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("model.opdlm.tail", "partial", "divergence_top_k=0"),
     ("model.opdlm.responses", "teacher", "'random_mask'"),
     ("model.opdlm.responses", "dataset", "'random_mask'"),
+    ("model.opdlm.max_trained_tokens", 0, "at least 1, or null"),
     ("model.opdlm.rollout.max_new_tokens_schedule.type", None, "max_new_tokens"),
     ("model.opdlm.rollout.max_new_tokens_schedule.end", 10, "at least start=100"),
     ("model.activations_checkpoint_granularity", "full", "activations_checkpoint_method"),

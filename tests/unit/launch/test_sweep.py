@@ -97,6 +97,15 @@ def test_half_a_line_of_metrics_is_not_read(tmp_path: Path) -> None:
     assert row.metrics() | {"step": 1, "val_loss": 2.0} == row.metrics()
 
 
+def test_a_run_has_ended_with_its_steps_or_with_its_trained_tokens(tmp_path: Path) -> None:
+    rows = [summary.Row({"a": "1"}, tmp_path / str(tokens), 4, max_trained_tokens=tokens) for tokens in (None, 50, 60)]
+    for row in rows:
+        row.log_dir.mkdir()
+        (row.log_dir / "metrics.jsonl").write_text(json.dumps({"global_step": 2, "trained_tokens": 55.0}) + "\n")
+    summary.write(tmp_path, rows)
+    assert summary.read(tmp_path) == rows and [row.has_ended for row in rows] == [False, True, False]
+
+
 def test_a_sweep_is_not_for_the_ranks_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="call it without torchrun and srun"):
