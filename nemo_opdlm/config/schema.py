@@ -185,7 +185,8 @@ class ModelConfig:
     Attributes:
         restore_from_path: the AR model, or a trained student to continue: a `.nemo` file of this package or of NeMo 1.x, or
             a NeMo 2.0, Megatron-Bridge or Hugging Face folder; required. `tokenizer.type` makes up for a missing tokenizer.
-        kd_teacher_restore_from_path: the teacher, of any of these kinds; null = the weights of `restore_from_path`.
+        kd_teacher_restore_from_path: the teacher, of any of these kinds; null = the weights of `restore_from_path`, which
+            must be an AR model's then.
         seed: key of all randomness of the run.
         micro_batch_size: sequences of one forward and backward pass on one data-parallel rank, unless they are packed
             (`opdlm.pack_to_tokens`).
@@ -300,6 +301,11 @@ class ModelConfig:
     def updates_per_rollout(self) -> int:
         """Optimizer steps on the responses of one rollout step."""
         return self.opdlm.epochs_per_rollout * self.updates_per_epoch
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether training or validation asks the teacher for anything."""
+        return self.opdlm.needs_teacher or self.data.validation_ds.file_path is not None
 
     @property
     def teacher_path(self) -> str | None:

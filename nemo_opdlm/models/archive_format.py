@@ -91,6 +91,11 @@ def read_archive_config(path: str | Path) -> dict[str, Any]:
     return _parse_config(path, text)[0]
 
 
+def is_trained(config: Mapping[str, Any]) -> bool:
+    """Whether an archive holds a student: the settings of the run that made it, or a folder's that names a block size."""
+    return "optim" in config or (config.get("origin") or {}).get("block_size") is not None
+
+
 @contextmanager
 def open_nemo(path: str | Path, scratch: str | Path | None = None) -> Iterator[Archive]:
     """Extract a `.nemo` file for the length of a block, or use an extracted folder as it is.

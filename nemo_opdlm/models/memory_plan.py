@@ -125,10 +125,6 @@ class _Planner:
             self.teacher_arch, self._model, self.stage, held.itemsize, held.itemsize, on_gpu=self.on_gpu
         )
 
-    @property
-    def _has_teacher(self) -> bool:
-        return self._model.opdlm.needs_teacher or self._model.data.validation_ds.file_path is not None
-
     def _moment(self, name: str, *, student_works: bool = False, teacher_works: bool = False) -> Moment:
         student, teacher = self._student, self._teacher
         is_cast = student_works and student.value_bytes < student.weight_bytes
@@ -140,7 +136,7 @@ class _Planner:
             parameters=student.parameters * student.weight_bytes + cast,
             gradients=student.parameters * FP32,
             optimizer=self._optimizer(student),
-            teacher=held * teacher.weight_bytes * self._has_teacher,
+            teacher=held * teacher.weight_bytes * self._model.has_teacher,
             targets=self._records,
         )
 

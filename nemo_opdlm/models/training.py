@@ -45,6 +45,7 @@ from nemo_opdlm.models.archive_format import (
     check_class,
     check_target,
     existing,
+    is_trained,
     read_archive_config,
 )
 from nemo_opdlm.models.conversion import archive_architecture, read_weights
@@ -132,7 +133,7 @@ def restore(config: Config, trainer: Trainer | None = None) -> tuple[OPDLMModel,
         student: OPDLMModel = restore_opened(OPDLMModel, archive, _model_config(inputs), trainer)
         if inputs.train is not None or inputs.heldout is not None:
             student.use_prompts(inputs.tokens, inputs.train, inputs.heldout)
-        if model.opdlm.needs_teacher or inputs.heldout is not None:
+        if model.has_teacher:
             student.use_teacher(_teacher(inputs.config, student, teacher_archive))
     return student, inputs.config
 
@@ -214,6 +215,12 @@ def _check_packs(model: ModelConfig, prompt_len: Tensor, limits: Tensor) -> None
 
 def _check_teacher(config: Config, student: Architecture, archive: Archive) -> None:
     check_class(archive)
+    model = config.model
+    if model.has_teacher and model.kd_teacher_restore_from_path is None and is_trained(archive.config):
+        raise ArchiveError(
+            f"model.kd_teacher_restore_from_path=None must be given: {archive.source} is a trained student, which would be "
+            "its own teacher; name the AR model that it came from"
+        )
     arch = archive_architecture(archive, archive.config)
     if arch.vocab_size != student.vocab_size:
         raise ArchiveError(

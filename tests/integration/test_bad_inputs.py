@@ -88,6 +88,7 @@ def write_bad_archives(folder: Path, good: Path) -> None:
     repack(good, folder / "no_tokenizer.nemo", leave_out="tokenizer.json")
     repack(good, folder / "other_class.nemo", replace=("opdlm_model.OPDLMModel", "nemo_asr.ConformerModel"))
     repack(good, folder / "no_layers.nemo", replace=("num_layers: 2", "num_layers: 0"))
+    repack(good, folder / "student.nemo", replace=("num_layers: 2", "num_layers: 2\noptim: {}"))
     repack(good, folder / "wrong_shape.nemo", replace=("ffn_hidden_size: 24", "ffn_hidden_size: 32"))
     with tarfile.open(folder / "outside.nemo", "w") as tar:
         tar.add(good, "../evil")
@@ -198,6 +199,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         r"train_ds\.truncate_prompt_to=4 would cut a prompt off from its response; use null",
     ),
     "no-tokens-to-train": (("model.opdlm.max_trained_tokens=0",), r"max_trained_tokens=0 must be at least 1, or null"),
+    "student-as-its-own-teacher": (
+        ("model.restore_from_path={folder}/student.nemo",),
+        r"kd_teacher_restore_from_path=None must be given: .*student\.nemo is a trained student",
+    ),
     "response-grid": (("model.opdlm.block_grid=response",), r"block_grid='response' is not available yet"),
     "batch-sizes": (("model.micro_batch_size=3",), r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3"),
     "pack-below-the-longest-row": (

@@ -323,6 +323,23 @@ def test_an_archive_holds_the_students_tensors_and_no_others(trained: tuple[OPDL
     assert str(tmp_path.parent) not in text and "file_path" not in text
 
 
+def test_a_trained_student_is_its_own_teacher_for_nobody(
+    trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    student = tmp_path / "student.nemo"
+    trained[0].save_to(str(student))
+    settings = (*TINY, *inputs, f"model.restore_from_path={student}", "trainer.max_steps=1")
+    message = f"model.kd_teacher_restore_from_path=None must be given: {student} is a trained student, .* its own teacher"
+    for mode in ("default", "sft_dataset"):  # training asks the teacher, or validation alone
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / mode, *settings, *MODES[mode])
+        assert not (tmp_path / mode).exists()
+    nobody = (*settings, *MODES["sft_dataset"], "model.data.validation_ds.file_path=null")
+    assert run(tmp_path / "nobody", *nobody).teacher is None
+    named = run(tmp_path / "named", *settings, f"model.kd_teacher_restore_from_path={student}")
+    assert named.teacher is not None
+
+
 def test_a_trained_archive_trains_on_against_the_teacher_it_came_from(
     trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
 ) -> None:
