@@ -292,6 +292,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "two_epochs": ("model.opdlm.epochs_per_rollout=2",),
     "off_policy": ("+experiment=off_policy",),
     "nll": ("model.opdlm.divergence=nll",),
+    "sft_dataset": ("+experiment=sft_dataset",),
 }
 
 
@@ -318,6 +319,7 @@ def test_each_step_says_what_it_cost(mode: str, tmp_path: Path) -> None:
     flops = rows[2]["throughput/tflops_per_device"] * 1e12 * rows[2]["time/step_s"]
     is_first = "time/rollout_s" in rows[2]
     assert flops == pytest.approx(cost.update_flops[index] + is_first * cost.rollout_flops)
+    assert (cost.rollout_flops == 0) == (mode == "sft_dataset"), "responses that are read cost nothing"
     if mode == "nll":  # the student alone: no teacher is asked
         of_rollout = rollout_work(batch.trajectory).stack().sum(1).tolist()
         assert cost.rollout_flops == forward_flops(model.arch, of_rollout)

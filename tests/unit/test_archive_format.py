@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from nemo_opdlm.models.archive_format import (
     check_class,
     check_output,
+    is_trained,
     open_nemo,
     portable_config,
     read_archive_config,
@@ -328,3 +329,10 @@ def alias_bomb(first: str, then: str) -> str:
 def test_settings_that_would_explode_or_look_around_are_refused(nemo: Path, text: str, expected: str) -> None:
     rewrite(nemo, configure(text))
     assert expected in refusal(nemo)
+
+
+def test_a_student_is_told_from_a_converted_model_by_the_settings_of_its_run_or_its_block_size(nemo: Path) -> None:
+    converted = read_archive_config(nemo)
+    assert not is_trained(converted) and not is_trained({**converted, "origin": {"family": "qwen3", "block_size": None}})
+    assert is_trained({**converted, "optim": {"lr": 1e-5}})
+    assert is_trained({**converted, "origin": {"family": "qwen3", "block_size": 8}})
