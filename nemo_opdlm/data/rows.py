@@ -14,6 +14,8 @@ from nemo_opdlm.data.shown import shortened, shown
 
 PROMPT_KEYS = ("prompt", "messages", "question", "input")
 RESPONSE_KEYS = ("response", "output")
+#: Alpaca's rows have it beside an `input` that means little without it.
+_INSTRUCTION = "instruction"
 ROLES = ("system", "user", "assistant")
 _EXTENSIONS = (".jsonl", ".parquet")
 #: All rows are held in memory, and one of parquet may cost a few bits of the file.
@@ -104,7 +106,7 @@ def _read_parquet(path: Path, with_responses: bool) -> Iterator[tuple[str, int, 
         names, num_rows = file.schema_arrow.names, file.metadata.num_rows
     except Exception as error:  # Arrow's errors, and Python's for what it cannot express
         raise _damaged(path, error) from error
-    wanted = {*PROMPT_KEYS, *(RESPONSE_KEYS if with_responses else ()), "domain", "id"}
+    wanted = {*PROMPT_KEYS, *(RESPONSE_KEYS if with_responses else ()), _INSTRUCTION, "domain", "id"}
     columns = [name for name in names if name in wanted]
     if not wanted.intersection(PROMPT_KEYS).intersection(columns):
         raise ValueError(f"{path}: no column is one of {', '.join(PROMPT_KEYS)}; found {shown(names)}")
@@ -139,6 +141,8 @@ def _parse_row(where: str, number: int, fields: Any, with_responses: bool) -> Pr
         found = f"{present}" if present else f"none of them among its keys {shown(list(fields))}"
         raise ValueError(f"{where}: a row needs exactly one of {list(PROMPT_KEYS)}, found {found}")
     key = present[0]
+    if key == "input" and fields.get(_INSTRUCTION) is not None:
+        raise ValueError(f"{where}: 'input' beside '{_INSTRUCTION}' is a part of a prompt only; write both as one 'prompt'")
     domain = fields.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise ValueError(f"{where}: 'domain' must be a string, got {type(domain).__name__}")

@@ -52,6 +52,17 @@ def test_responses_are_a_column_or_the_last_turn(write_jsonl):
     assert [len(row.conversation()) for row in found] == [1, 1, 1, 3]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_an_input_beside_an_instruction_is_refused(tmp_path, ending):
+    row, path = {"instruction": "Translate", "input": "Haus", "output": "house"}, tmp_path / f"alpaca.{ending}"
+    if ending == "jsonl":
+        path.write_text(json.dumps(row), encoding="utf-8")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match="'input' beside 'instruction' is a part of a prompt only"):
+        read_rows(path)
+
+
 def test_responses_that_nobody_asked_for_are_ignored_but_no_prompt_ends_with_an_assistants_turn(tmp_path, write_jsonl):
     rows_ = [{"prompt": "a", "response": 7}, {"input": "b", "output": ""}]
     assert [(row.text, row.response) for row in read_rows(write_jsonl(rows_))] == [("a", None), ("b", None)]
