@@ -203,15 +203,19 @@ def train(
     gradients: str | None = None,
     replayed: Sequence[dict[str, Any]] = (),
     save_to: str | None = None,
+    save_after: int | None = None,
     resume_from: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Outcome:
-    """Make updates from the archive, or from a checkpoint up to update number ``num_updates``."""
+    """Make updates from the archive, or from a checkpoint, up to update number ``num_updates``; save after one of them."""
     run = build(archive, layout, *overrides)
     run.replayed = [Trajectory.from_state_dict(state) for state in replayed]
     run.gradients = None if gradients is None else Path(gradients)
     first = 0 if resume_from is None else run.resume(Path(resume_from[0]), resume_from[1])
-    metrics = [run.update(step) for step in range(first, num_updates)]
-    plain = None if save_to is None else run.save(Path(save_to), num_updates)
+    metrics, plain = [], None
+    for step in range(first, num_updates):
+        metrics.append(run.update(step))
+        if save_to is not None and step + 1 == (save_after or num_updates):
+            plain = run.save(Path(save_to), step + 1)
     return Outcome(metrics, [trajectory.state_dict() for trajectory in run.rollouts], plain)
 
 

@@ -1,6 +1,8 @@
 """The layout never changes the result: rollouts token for token, losses and gradients of one process."""
 
+import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -97,26 +99,39 @@ def uneven_capacity(outcome: Outcome) -> int:
     return next(n for n in range(longest, 4 * longest) if len(pack(ranks[0], n)) != len(pack(ranks[1], n)))
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2, pipeline=2), Layout(tensor=2, sequence=True, context=2)], ids=str)
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
-def test_other_families_have_the_gradients_of_one_process(
-    family: str, layout: Layout, four_ranks: Ranks, tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Family:
+    """A tiny archive of a family, settings, and the updates and gradients of one process."""
+
+    archive: str
+    overrides: tuple[str, ...]
+    expected: Outcome
+    gradients: Path
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Heads of their own; norms of queries and keys in Qwen3, biases in Qwen2."""
-    archive = str(training_runs.write_tiny_archive(tmp_path, family))
-    if family == "qwen2":  # its single group of keys and values cannot be split in two
-        hf = tiny.write_hf_folder(tmp_path / "two-groups", family, num_key_value_heads=2)
-        archive = str(tmp_path / "two-groups.nemo")
-        convert_hf_to_nemo(hf, archive)
-    prompts = training_runs.write_prompts(tmp_path / "prompts.jsonl")
+    folder = tmp_path_factory.mktemp(request.param)
+    # Qwen2's single group of keys and values could not be split in two.
+    hf = tiny.write_hf_folder(folder / "hf", request.param, num_key_value_heads=2)
+    archive = str(folder / "model.nemo")
+    convert_hf_to_nemo(hf, archive)
+    prompts = training_runs.write_prompts(folder / "prompts.jsonl")
     overrides = (f"model.data.train_ds.file_path={prompts}", "model.opdlm.rollout.threshold=0.06")
-    for folder in ("one", "four"):
-        (tmp_path / folder).mkdir()
-    expected = runs.train(archive, Layout(), 2, overrides, str(tmp_path / "one"))
-    for outcome in four_ranks.run(runs.train, archive, layout, 2, overrides, str(tmp_path / "four")):
-        assert_same_rollouts(outcome, expected)
-        assert_same_losses(outcome, expected, 1e-5)
-    assert_same_gradients(archive, tmp_path / "four", tmp_path / "one", 2)
+    (folder / "gradients").mkdir()
+    expected = runs.train(archive, Layout(), 2, overrides, str(folder / "gradients"))
+    return Family(archive, overrides, expected, folder / "gradients")
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, pipeline=2), Layout(tensor=2, sequence=True, context=2)], ids=str)
+def test_other_families_have_the_gradients_of_one_process(
+    family: Family, layout: Layout, four_ranks: Ranks, tmp_path: Path
+) -> None:
+    for outcome in four_ranks.run(runs.train, family.archive, layout, 2, family.overrides, str(tmp_path)):
+        assert_same_rollouts(outcome, family.expected)
+        assert_same_losses(outcome, family.expected, 1e-5)
+    assert_same_gradients(family.archive, tmp_path, family.gradients, 2)
 
 
 @pytest.mark.parametrize("name", ["TP2xPP2", "CP2xDP2"])
@@ -135,10 +150,13 @@ def test_the_gap_to_the_rollout_is_that_of_one_process(
             assert outcome.metrics[0][key] == pytest.approx(expected[key], rel=1e-4), key
 
 
+gradients_of_one_process = functools.cache(runs.read_gradients)
+
+
 def assert_same_gradients(archive: str, found: Path, expected: Path, num_updates: int) -> None:
     for update in range(num_updates):
         ours = runs.read_gradients(archive, found / str(update))
-        theirs = runs.read_gradients(archive, expected / str(update))
+        theirs = gradients_of_one_process(archive, expected / str(update))
         assert ours.keys() == theirs.keys() and len(ours) > 15
         for tensor, value in theirs.items():
             assert value.abs().max() > 0, tensor
