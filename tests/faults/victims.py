@@ -1,10 +1,9 @@
 """Runs of the training script in processes of their own, struck by a signal at a chosen moment.
 
-A server process imports everything once and forks each rank, so that a run of six updates takes two seconds. What a run does is
-noted as a row of letters, an event each; a rank can be told to send itself a signal before event number n.
+Each rank is forked with everything imported, so that a run of six updates takes two seconds. What a run does is noted as a
+row of letters, an event each; a rank can be told to send itself a signal before event number n.
 """
 
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -16,7 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests import forked
+
 #: What an event belongs to.
 PHASES = {"s": "start-up", "r": "rollout", "t": "teacher", "u": "update", "m": "metrics", "c": "checkpoint"}
 #: Longest a rank may wait for another.
@@ -72,12 +72,7 @@ class Victims:
 
     folder: Path
     _count: int = 0
-    _context: Any = field(default_factory=lambda: mp.get_context("forkserver"))
-
-    def __post_init__(self) -> None:
-        """Let the server import what a run needs; it finds modules where its environment says."""
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self._context.set_forkserver_preload(["tests.faults.victims", "tests.integration.training_runs"])
+    _context: Any = field(default_factory=forked.server)
 
     def run(
         self,
