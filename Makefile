@@ -6,6 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= glassllm
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 FUZZ_ARGS ?=
 KILLS ?= 32
 
@@ -40,7 +41,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 # Installs Slurm and munge by apt, where they are missing: needs root and Debian or Ubuntu.
 slurm-test: $(INSTALLED)

