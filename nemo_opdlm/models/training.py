@@ -1,13 +1,13 @@
 """A run from its checked configuration: archive, prompts, model, teacher, trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -73,15 +73,19 @@ class Inputs:
     heldout: PromptDataset | None
 
 
-def train(config: Config) -> OPDLMModel:
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> OPDLMModel:
     """Train from start or resume; returns the trained model.
+
+    Args:
+        config: checked.
+        callbacks: of Lightning, beside those of every run and ahead of the one that saves checkpoints.
 
     Raises:
         ValueError, OSError: bad input; one line, before any work is done.
         RankFailure: another rank failed.
     """
     _check_layout_early(config)
-    trainer = _trainer(config)
+    trainer = _trainer(config, callbacks)
     assert isinstance(trainer.strategy, MegatronStrategy)
     trainer.strategy.start(trainer)
     with shared_failures():
@@ -291,7 +295,7 @@ def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     return teacher
 
 
-def _trainer(config: Config) -> Trainer:
+def _trainer(config: Config, more_callbacks: Sequence[Callback]) -> Trainer:
     model = config.model
     strategy = MegatronStrategy(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
@@ -312,5 +316,5 @@ def _trainer(config: Config) -> Trainer:
     settings["check_val_every_n_epoch"] = config.trainer.check_val_every_n_epoch
     if config.trainer.val_check_interval is None or model.data.validation_ds.file_path is None:
         settings["limit_val_batches"] = 0
-    callbacks = [StepProgressBar()] if settings.get("enable_progress_bar", True) else []
-    return Trainer(strategy=strategy, callbacks=callbacks, **settings)
+    progress = [StepProgressBar()] if settings.get("enable_progress_bar", True) else []
+    return Trainer(strategy=strategy, callbacks=[*progress, *more_callbacks], **settings)
