@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv install lint test fuzz fault-injection slurm-test quickstart clean
+.PHONY: help venv install lint test fuzz fault-injection slurm-test quickstart study study-smoke clean
 
 help:
-	@echo "make test | fuzz | fault-injection [KILLS=32] | slurm-test | quickstart [MODEL=glassllm|smollm2] | lint | install | clean"
+	@echo "make test | fuzz | fault-injection [KILLS=32] | slurm-test | quickstart [MODEL=glassllm|smollm2] | study | study-smoke | lint | install | clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -55,6 +55,13 @@ fault-injection: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py --model $(MODEL)
+
+# About two hours on two cores; what is done already is kept.
+study: $(INSTALLED)
+	$(BIN)/python examples/study.py run
+
+study-smoke: $(INSTALLED)
+	$(BIN)/python examples/study.py run --smoke
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

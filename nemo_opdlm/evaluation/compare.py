@@ -52,19 +52,29 @@ def compare(model: OPDLMModel, on_progress: OnProgress | None = None) -> Compari
     return Comparison({**on_states, **judge(teacher, greedy).as_dict()}, greedy)
 
 
-def respond(model: OPDLMModel, sampling: SamplingParams, on_progress: OnProgress | None = None) -> Trajectory:
-    """Block-diffusion responses to the held-out prompts, by dynamic decoding at the served threshold."""
-    settings = replace(model.method.rollout_settings(1), remasking=SERVED_REMASKING, seed=HELDOUT_SEED, step=0)
+def respond(
+    model: OPDLMModel,
+    sampling: SamplingParams,
+    on_progress: OnProgress | None = None,
+    remasking: RemaskingParams = SERVED_REMASKING,
+) -> Trajectory:
+    """Block-diffusion responses to the held-out prompts."""
+    settings = replace(model.method.rollout_settings(1), remasking=remasking, seed=HELDOUT_SEED, step=0)
     engine = model.method.engine(model.model, model.config.data.validation_ds.num_samples, sampling)
     return engine.generate(*heldout_requests(model), settings, on_progress)
 
 
-def teacher_repeat_4gram(model: OPDLMModel, on_progress: OnProgress | None = None) -> float:
-    """The teacher's own share of repeated 4-grams under greedy decoding, beside which the student's is read."""
+def respond_as_original(model: OPDLMModel, on_progress: OnProgress | None = None) -> Trajectory:
+    """The AR original's greedy responses to the held-out prompts."""
     assert model.teacher is not None
     engine = model.method.engine(model.teacher.network, model.config.data.validation_ds.num_samples, GREEDY)
     settings = replace(model.method.rollout_settings(1), seed=HELDOUT_SEED, step=0)
-    return repeated_ngrams(engine.generate_autoregressive(*heldout_requests(model), settings, on_progress), 4)
+    return engine.generate_autoregressive(*heldout_requests(model), settings, on_progress)
+
+
+def teacher_repeat_4gram(model: OPDLMModel, on_progress: OnProgress | None = None) -> float:
+    """The teacher's own share of repeated 4-grams under greedy decoding, beside which the student's is read."""
+    return repeated_ngrams(respond_as_original(model, on_progress), 4)
 
 
 def heldout_requests(model: OPDLMModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,8 +12,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-#: Belongs to a checkout.
-WITHOUT_COMMAND = {"quickstart"}
+#: Belong to a checkout.
+WITHOUT_COMMAND = {"quickstart", "study"}
 #: As if none of these was installed.
 BLOCKED = """
 import sys
