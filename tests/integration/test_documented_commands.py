@@ -43,6 +43,7 @@ CUT_DOWN = {
 NOT_RUN = {
     "make quickstart": "test_quickstart.py runs its script, cut to four updates; SmolLM2 takes half an hour",
     "make test": "it runs this",
+    "make study": "test_study.py checks what it would start; the cut-down one takes minutes",
     "make fault-injection": "tests/faults is a part of all tests, with fewer kills",
     "make fuzz": "tests/fuzz is a part of all tests, with fewer inputs",
     "pip install": "it needs a network",
