@@ -8,7 +8,8 @@ from tests.fuzz import readers
 from tests.fuzz.engine import fuzz, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SECONDS_PER_READER = 1.5
+#: A minute in all.
+SECONDS_PER_READER = 60 / len(readers.NAMES)
 
 
 @pytest.mark.parametrize("name", readers.NAMES)
