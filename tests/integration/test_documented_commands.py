@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pytest
 from nemo_opdlm.launch import summary
 from nemo_opdlm.models.conversion import convert_hf_to_nemo
 from nemo_opdlm.testing import tiny
+from tests import forked
 from tests.documented import REPOSITORY, Command, commands
 from tests.integration.training_runs import run_script, write_prompts
 
@@ -78,15 +79,12 @@ def place(glassllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         convert_hf_to_nemo(glassllm_folder, place / name, mask_token="<bos>", block_size=4)
     prompts = write_prompts(place / "prompts.jsonl").read_text().splitlines()
     pq.write_table(pa.Table.from_pylist([json.loads(line) for line in prompts]), place / "prompts.parquet")
+    for run in ("a", "b", "quickstart/log"):
+        folder = place / "runs" / run
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"global_step": 1, "train/loss": 1.0}\n', encoding="utf-8")
     swept = summary.Row({"model.seed": "1"}, place / "FOLDER" / "model.seed=1", max_steps=1, status=summary.FINISHED)
     summary.write(place / "FOLDER", [swept])
-    return place
-
-
-@pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The same, as working folder."""
-    monkeypatch.chdir(place)
     return place
 
 
@@ -96,11 +94,26 @@ def cut_down(command: Command) -> list[str]:
     return list({argument.partition("=")[0].lstrip("+"): argument for argument in arguments}.values())
 
 
-@pytest.mark.parametrize("page", dict.fromkeys(command.page for command in HERE))
-def test_the_commands_of_a_page_run_one_after_the_other(page: str, here: Path) -> None:
+def run_page(place: Path, page: str, output: Path) -> None:
+    """The commands of a page one after the other, in a process of their own: scripts leave much behind in theirs."""
+    os.chdir(place)
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
     for command in HERE:
-        if command.page == page:
-            assert run_script(f"{command.script}.py", *cut_down(command)) == 0, str(command)
+        if command.page == page and (code := run_script(f"{command.script}.py", *cut_down(command))):
+            sys.exit(f"{command}: {code}")
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(command.page for command in HERE))
+def test_the_commands_of_a_page_run(page: str, place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output.txt"
+    process = forked.server().Process(target=run_page, args=(place, page, output))
+    process.start()
+    process.join(timeout=250)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, output.read_text(encoding="utf-8")[-3000:]
 
 
 DRY_RUNS = """
@@ -116,13 +129,19 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_launches_print_what_they_would_start(here: Path) -> None:
+def test_launches_print_what_they_would_start(place: Path) -> None:
     """In a process of their own: NeMo-Run takes over standard error."""
-    pytest.importorskip("nemo_run", reason="needs requirements-launch.txt")
+    if find_spec("nemo_run") is None:
+        pytest.skip("needs requirements-launch.txt")
     dry_runs = json.dumps([list(dict.fromkeys((*command.arguments, "dry_run=true"))) for command in LAUNCHES])
-    environment = {**os.environ, "NEMORUN_HOME": str(here / "home"), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "NEMORUN_HOME": str(place / "home"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", DRY_RUNS, dry_runs], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", DRY_RUNS, dry_runs],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("#SBATCH --account=ACCOUNT") >= len(LAUNCHES) - 1
