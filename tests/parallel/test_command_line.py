@@ -14,8 +14,7 @@ import torch
 
 from nemo_opdlm.models.conversion import open_model
 from nemo_opdlm.testing.metrics import is_measured
-from tests import forked
-from tests.integration.training_runs import EXAMPLES, read_metrics, run, run_script
+from tests.integration.training_runs import EXAMPLES, read_metrics, run
 
 PROMPTS = EXAMPLES / "prompts"
 SETTINGS = (
@@ -122,17 +121,6 @@ def reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def run_task(variables: dict[str, str], arguments: tuple[str, ...], output: Path) -> None:
-    """The training script in a process that has imported everything, with these variables and no others."""
-    os.environ.clear()
-    os.environ.update(variables)
-    torch.set_num_threads(1)
-    stream = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    sys.exit(run_script("train_opdlm.py", *arguments))
-
-
 @pytest.mark.timeout(300)
 def test_a_slurm_job_of_two_tasks_is_one_run(glassllm: str, one_process: list[dict[str, Any]], tmp_path: Path) -> None:
     """Two processes with the variables that srun gives its tasks, validation and checkpoints included."""
@@ -147,24 +135,30 @@ def test_a_slurm_job_of_two_tasks_is_one_run(glassllm: str, one_process: list[di
         "SLURM_NODEID": "0",
         "MASTER_ADDR": "127.0.0.1",
     }
-    run_of_two = (
+    command = [
+        sys.executable,
+        str(EXAMPLES / "train_opdlm.py"),
         *SETTINGS,
         f"model.restore_from_path={glassllm}",
         f"exp_manager.explicit_log_dir={tmp_path}",
         "trainer.devices=2",
         "trainer.max_steps=2",
-    )
+    ]
     with reserved_port() as port:
-        tasks = []
-        for rank in range(2):
-            variables = environment(**job, MASTER_PORT=str(port), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-            tasks.append(forked.server().Process(target=run_task, args=(variables, run_of_two, tmp_path / f"output{rank}")))
-        for task in tasks:
-            task.start()
-        for task in tasks:
-            task.join(timeout=250)
-            task.kill()
-            task.join()
-    errors = [(tmp_path / f"output{rank}").read_text()[-3000:] for rank in range(2)]
-    assert [task.exitcode for task in tasks] == [0, 0], errors
+        tasks = [
+            subprocess.Popen(
+                command,
+                env=environment(**job, MASTER_PORT=str(port), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            errors = [task.communicate(timeout=250)[1] for task in tasks]
+        finally:
+            for task in tasks:
+                task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], errors
     same_metrics(read_metrics(tmp_path), one_process[:2])
