@@ -8,10 +8,16 @@ from pathlib import Path
 def main() -> None:
     """Parse the flags that NeMo's converters have, then convert."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_name_or_path", type=Path, required=True, help="folder of the model, or NeMo 1.x archive")
+    parser.add_argument(
+        "--input_name_or_path", type=Path, required=True, help="folder of the model, or NeMo 1.x archive"
+    )
     parser.add_argument("--output_path", type=Path, required=True, help=".nemo file to write")
-    parser.add_argument("--precision", choices=("32", "bf16", "16"), help="of the stored weights (default: the source's)")
-    parser.add_argument("--mask_token", help="token that stands for 'masked' (default: the tokenizer's, else an unused row)")
+    parser.add_argument(
+        "--precision", choices=("32", "bf16", "16"), help="of the stored weights (default: the source's)"
+    )
+    parser.add_argument(
+        "--mask_token", help="token that stands for 'masked' (default: the tokenizer's, else an unused row)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the model's)")
     parser.add_argument("--block_size", type=int, default=4, help="tokens per block proposed for training (default: 4)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing .nemo file")

@@ -10,7 +10,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input_name_or_path", type=Path, required=True, help=".nemo file or extracted folder")
     parser.add_argument("--hf_output_path", type=Path, required=True, help="folder to create")
-    parser.add_argument("--format", choices=("hf", "sdar"), default="hf", help="sdar: for SGLang and LMDeploy, Qwen3 only")
+    parser.add_argument(
+        "--format", choices=("hf", "sdar"), default="hf", help="sdar: for SGLang and LMDeploy, Qwen3 only"
+    )
     parser.add_argument("--precision", choices=("32", "bf16", "16"), help="of the written weights (default: as stored)")
     args = parser.parse_args()
     if not args.input_name_or_path.exists():

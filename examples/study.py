@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "draw", "list"), help="list: the names of the cells")
     parser.add_argument("--smoke", action="store_true", help="a few short cells of every kind")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="names of cells")
-    parser.add_argument("--work_dir", type=Path, help="models and logs (default: runs/study, with --smoke runs/study_smoke)")
+    parser.add_argument(
+        "--work_dir", type=Path, help="models and logs (default: runs/study, with --smoke runs/study_smoke)"
+    )
     parser.add_argument("--results_dir", type=Path, help="a file for each cell (default: examples/study/cells)")
     args = parser.parse_args()
     work = args.work_dir or Path("runs", "study_smoke" if args.smoke else "study")

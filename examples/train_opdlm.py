@@ -1,6 +1,6 @@
 """Train a block-diffusion student on-policy from an AR model. See conf/gpt_opdlm.yaml for the configuration.
 
-    python examples/train_opdlm.py -m model.opdlm.block_size=4,8 ...    # a sweep, a process per run
+python examples/train_opdlm.py -m model.opdlm.block_size=4,8 ...    # a sweep, a process per run
 """
 
 from nemo_opdlm import cli

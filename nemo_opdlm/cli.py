@@ -42,7 +42,9 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 _HYDRA_DEFAULTS = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _HYDRA_VERSION = "1.3"
-_REFUSED_OVERRIDE = re.compile(r"(?:In '([^']*)': )?Could not (?:override|delete from config|append to config)[^']*'([^']+)'")
+_REFUSED_OVERRIDE = re.compile(
+    r"(?:In '([^']*)': )?Could not (?:override|delete from config|append to config)[^']*'([^']+)'"
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,9 @@ def _adapted(args: Namespace) -> Namespace:
     """The arguments as Hydra has to be given them."""
     args.overrides = groups.with_added_choices(args.overrides, CONF)
     if args.config_path is not None and "://" not in args.config_path:
-        args.config_path = str(Path(args.config_path).resolve())  # Hydra would look beside the script, wherever that lies
+        args.config_path = str(
+            Path(args.config_path).resolve()
+        )  # Hydra would look beside the script, wherever that lies
     return args
 
 
@@ -242,7 +246,9 @@ def _composition_message(error: Exception, known: tuple[str, ...]) -> str:
     if key in choices:
         return f"{where}{key} is a group of configurations: write +{key}=..., one of {', '.join(choices[key])}"
     if key in known:
-        return f"{where}{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
+        return (
+            f"{where}{key} is not in the configuration file; write +{key}=..., or start its defaults list with `schema`"
+        )
     return where + unknown_key(key, (*known, *choices))
 
 

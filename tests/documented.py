@@ -7,7 +7,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = (
-    *(REPOSITORY / name for name in ("README.md", "conf/README.md", "nemo_opdlm/README.md", "examples/study/README.md")),
+    *(
+        REPOSITORY / name
+        for name in ("README.md", "conf/README.md", "nemo_opdlm/README.md", "examples/study/README.md")
+    ),
     *sorted((REPOSITORY / "docs").glob("*.md")),
 )
 _PROGRAMS = ("python", "torchrun", "make", "pip")

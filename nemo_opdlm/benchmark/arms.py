@@ -82,9 +82,7 @@ def reference(
     seconds, token_ids = _timed(run, subject)
     counts = loop.counts
     padding = 1 - int(counts.num_useful) / counts.num_places
-    return Outcome(
-        seconds, work.num_tokens, counts.num_forwards, padding, counts.model_seconds / seconds, token_ids
-    )
+    return Outcome(seconds, work.num_tokens, counts.num_forwards, padding, counts.model_seconds / seconds, token_ids)
 
 
 def autoregressive(subject: Subject, work: Workload, batch_size: int) -> Outcome:

@@ -128,7 +128,10 @@ class _Batch:
     def _forward(self, columns: slice) -> Tensor:
         """Logits of some columns, whose keys stay in the cache."""
         size, counts = self.settings.block_size, self.loop.counts
-        position_ids, block_end = self.positions[:, columns], torch.arange(columns.start, columns.stop) // size * size + size
+        position_ids, block_end = (
+            self.positions[:, columns],
+            torch.arange(columns.start, columns.stop) // size * size + size,
+        )
         keys = torch.arange(columns.stop, device=position_ids.device)
         sees = (keys < block_end.to(keys.device)[:, None]) & (keys >= self.offset[:, None, None])
         mask = torch.zeros(sees.shape, dtype=self.model.dtype, device=keys.device)

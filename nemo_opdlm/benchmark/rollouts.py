@@ -122,9 +122,7 @@ def _near_the_end(work: Workload, num_rows: int, new_tokens: int) -> Workload:
     return Workload(prompts, lengths, work.limits[:num_rows] - moved)
 
 
-def _figures(
-    subject: Subject, plan: Plan, every: dict[str, Arm], equal: Workload, few: Workload
-) -> dict[str, Any]:
+def _figures(subject: Subject, plan: Plan, every: dict[str, Arm], equal: Workload, few: Workload) -> dict[str, Any]:
     ratios = {
         "ratio_vs_reference": _ratio(every["reference"], every["ours_equal"]),
         "ratio_vs_hf_batched_equal": _ratio(every["hf_equal"], every["ours_equal"]),

@@ -113,7 +113,10 @@ class Subject:
         return self.forbidden.device
 
     def settings(
-        self, block_size: int, strategy: RemaskingStrategy = RemaskingStrategy.LOW_CONFIDENCE_STATIC, threshold: float = 0.9
+        self,
+        block_size: int,
+        strategy: RemaskingStrategy = RemaskingStrategy.LOW_CONFIDENCE_STATIC,
+        threshold: float = 0.9,
     ) -> RolloutSettings:
         """As many denoising steps as a block has tokens; without end tokens."""
         tokens = self.generator.tokens

@@ -133,7 +133,9 @@ def _check_work(config: EvaluateConfig) -> None:
     if config.recording is not None and config.validation_ds.file_path is None:
         raise ValueError(f"recording={config.recording!r} needs validation_ds.file_path, the prompts that are answered")
     names = [task_name(task) for task in config.tasks]
-    check_range("tasks", list(config.tasks), lambda _: len(set(names)) == len(names), f"tasks of different names, not {names}")
+    check_range(
+        "tasks", list(config.tasks), lambda _: len(set(names)) == len(names), f"tasks of different names, not {names}"
+    )
     if HUMAN_EVAL in config.tasks and not config.confirm_run_unsafe_code:
         raise ValueError(
             f"tasks={list(config.tasks)} runs programs that a model has written: read what the sandbox contains and what not "

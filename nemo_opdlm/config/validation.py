@@ -49,7 +49,17 @@ def validate(config: Config, *, check_files: bool = True, environment: Mapping[s
         if _get(config, key) == choice:
             raise ValueError(f"{key}={choice!r} is not available yet; {instead}")
     config = settle_ranks(config, environment)
-    for check in (_method, _rollout, check_layout, _transformer, check_precision, _recomputation, _optim, _exp_manager, _data):
+    for check in (
+        _method,
+        _rollout,
+        check_layout,
+        _transformer,
+        check_precision,
+        _recomputation,
+        _optim,
+        _exp_manager,
+        _data,
+    ):
         check(config)
     if check_files:
         _files(config)

@@ -153,7 +153,9 @@ def _tensors_by_file(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} places tensor {plain(name)} in {plain(str(file))!r}, which is not a file name")
+            raise ValueError(
+                f"{folder / INDEX} places tensor {plain(name)} in {plain(str(file))!r}, which is not a file name"
+            )
         if not (folder / file).is_file():
             raise ValueError(f"{folder} lacks shard {plain(file)}, which {INDEX} names")
     return {name: folder / file for name, file in weight_map.items()}

@@ -66,7 +66,9 @@ def choose_mask_token(
         mask = _free_row(facts, family, vocab_size, given)
     else:
         mask = _own_mask_token(facts, config) or _free_row(facts, family, vocab_size, DEFAULT_NAME)
-    _check(mask, facts, vocab_size, (config, generation_config), allow_bos=given is not None or "mask_token" in facts.named)
+    _check(
+        mask, facts, vocab_size, (config, generation_config), allow_bos=given is not None or "mask_token" in facts.named
+    )
     return mask
 
 

@@ -119,7 +119,9 @@ def _find(folder: Path, settings: Settings) -> list[list[Path]]:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     if tensor * pipeline > _MOST_RANKS:
-        raise ValueError(f"{folder}: {tensor * pipeline} files of weights are more than the {_MOST_RANKS} that are read")
+        raise ValueError(
+            f"{folder}: {tensor * pipeline} files of weights are more than the {_MOST_RANKS} that are read"
+        )
     if pipeline == 1:
         stages = [[folder / f"mp_rank_{rank:02d}" / FILE for rank in range(tensor)]]
     else:

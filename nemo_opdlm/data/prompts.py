@@ -79,9 +79,15 @@ def load_prompts(
     templated = resolve_chat_template(chat_template, tokenizer)
     _check_lengths(max_prompt_length, truncate_prompt_to, cuts_allowed=not templated and not domain_suffixes)
     if truncate_prompt_to is not None and response_end_ids is not None:
-        raise ValueError(f"truncate_prompt_to={truncate_prompt_to} would put a response behind a prompt without its end")
+        raise ValueError(
+            f"truncate_prompt_to={truncate_prompt_to} would put a response behind a prompt without its end"
+        )
     rows = read_rows(path, with_responses=response_end_ids is not None)
-    options: dict[str, Any] = {"templated": templated, "enable_thinking": enable_thinking, "domain_suffixes": domain_suffixes}
+    options: dict[str, Any] = {
+        "templated": templated,
+        "enable_thinking": enable_thinking,
+        "domain_suffixes": domain_suffixes,
+    }
     ids = encode_rows(rows, tokenizer, **options)
     if truncate_prompt_to is not None:
         ids = [prompt[:truncate_prompt_to] for prompt in ids]

@@ -142,7 +142,9 @@ def _parse_row(where: str, number: int, fields: Any, with_responses: bool) -> Pr
         raise ValueError(f"{where}: a row needs exactly one of {list(PROMPT_KEYS)}, found {found}")
     key = present[0]
     if key == "input" and fields.get(_INSTRUCTION) is not None:
-        raise ValueError(f"{where}: 'input' beside '{_INSTRUCTION}' is a part of a prompt only; write both as one 'prompt'")
+        raise ValueError(
+            f"{where}: 'input' beside '{_INSTRUCTION}' is a part of a prompt only; write both as one 'prompt'"
+        )
     domain = fields.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise ValueError(f"{where}: 'domain' must be a string, got {type(domain).__name__}")
@@ -198,7 +200,9 @@ def _check_characters(where: str, key: str, value: Any) -> None:
     try:
         str(value).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {key!r} has half a character (a lone surrogate) at position {error.start}") from None
+        raise ValueError(
+            f"{where}: {key!r} has half a character (a lone surrogate) at position {error.start}"
+        ) from None
 
 
 def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
@@ -211,7 +215,9 @@ def _parse_messages(where: str, value: Any) -> tuple[Message, ...]:
         keys = sorted(key for key, entry in turn.items() if entry is not None) if isinstance(turn, Mapping) else None
         if keys != ["content", "role"]:
             found = type(turn).__name__ if keys is None else f"keys {keys}"
-            raise ValueError(f"{where}: {name} must be an object with exactly 'role' and 'content', got {shortened(found)}")
+            raise ValueError(
+                f"{where}: {name} must be an object with exactly 'role' and 'content', got {shortened(found)}"
+            )
         if turn["role"] not in ROLES:
             raise ValueError(f"{where}: {name} has role {shown(turn['role'])}; allowed: {', '.join(ROLES)}")
         turns.append({"role": turn["role"], "content": _parse_text(where, f"{name}.content", turn["content"])})

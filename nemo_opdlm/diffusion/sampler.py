@@ -87,7 +87,11 @@ def decode(
         proposal = yield canvas.query(blocks)
         assert proposal is not None
         reveal = positions_to_reveal(
-            settings.remasking, proposal, masked, canvas.quota(blocks), partial(canvas.uniform, Stream.REMASKING, blocks)
+            settings.remasking,
+            proposal,
+            masked,
+            canvas.quota(blocks),
+            partial(canvas.uniform, Stream.REMASKING, blocks),
         )
         canvas.reveal(blocks, reveal, proposal)
         canvas.advance(blocks, is_complete=~(masked & ~reveal).any(-1))

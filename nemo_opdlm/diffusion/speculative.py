@@ -73,7 +73,9 @@ class _SpeculativeCanvas(Canvas):
         late_reads: bool,
     ) -> None:
         one_by_one = replace(settings, block_size=1, denoising_steps=1)
-        super().__init__(prompt_ids, prompt_len, max_new_tokens, sample_ids, one_by_one, on_progress, num_slots, late_reads)
+        super().__init__(
+            prompt_ids, prompt_len, max_new_tokens, sample_ids, one_by_one, on_progress, num_slots, late_reads
+        )
         self.draft_size = settings.block_size
         self.num_drafts = torch.zeros_like(prompt_len)
         self.columns = torch.arange(2 * self.draft_size, device=prompt_ids.device)

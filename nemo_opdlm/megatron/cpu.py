@@ -74,7 +74,9 @@ def run_megatron_on_cpu() -> None:
         return
     version = Version(megatron.core.__version__)
     if not TESTED[0] <= version < TESTED[1]:
-        raise RuntimeError(f"megatron-core {version} on CPU is untested: install megatron-core>={TESTED[0]},<{TESTED[1]}.")
+        raise RuntimeError(
+            f"megatron-core {version} on CPU is untested: install megatron-core>={TESTED[0]},<{TESTED[1]}."
+        )
     import megatron.core.tensor_parallel.random as megatron_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
@@ -84,7 +86,9 @@ def run_megatron_on_cpu() -> None:
     # Activation recomputation saves and restores CUDA's generator. Dropout is 0 here, so there is nothing to restore.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.zeros(1, dtype=torch.uint8)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*", module="megatron")
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*", module="megatron"
+    )
     _active_mode = CudaRequestsOnCpu()
     _active_mode.__enter__()
 

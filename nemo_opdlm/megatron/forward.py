@@ -165,7 +165,9 @@ def _same_shape(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         def pad(x: Tensor, value: int = 0) -> Tensor:
             return F.pad(x, (0, length - x.shape[1], 0, num_rows - x.shape[0]), value=value)
 
-        attributes = replace(batch.attributes.map(pad), document_ids=pad(batch.attributes.document_ids, PADDING_DOCUMENT))
+        attributes = replace(
+            batch.attributes.map(pad), document_ids=pad(batch.attributes.document_ids, PADDING_DOCUMENT)
+        )
         return replace(batch, token_ids=pad(batch.token_ids), attributes=attributes)
 
     return [padded(batch) for batch in micro_batches]

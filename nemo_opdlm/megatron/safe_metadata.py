@@ -341,7 +341,9 @@ def _size(record: Any) -> torch.Size:
 
 def _integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"size or place expected, found {'another' if type(value) is int else 'a'} {type(value).__name__}")
+        raise ValueError(
+            f"size or place expected, found {'another' if type(value) is int else 'a'} {type(value).__name__}"
+        )
     return value
 
 

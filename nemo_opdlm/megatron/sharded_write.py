@@ -148,7 +148,9 @@ def one_line_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     # A write that fails within torch is the context, not the cause, of what torch then makes of it.
-    while (first := error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None)) is not None:
+    while (
+        first := error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None)
+    ) is not None:
         error = first
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

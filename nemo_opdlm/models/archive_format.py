@@ -309,7 +309,9 @@ def _check_layout(path: Path, names: list[str]) -> None:
     for pattern, what in _OTHER_LAYOUTS:
         found = [name for name in names if re.search(pattern, name)]
         if found:
-            raise ArchiveError(f"{path}: {plain(found[0])} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read")
+            raise ArchiveError(
+                f"{path}: {plain(found[0])} holds {what}; only {WEIGHTS}/, a distributed checkpoint, is read"
+            )
     if not any(name.startswith(f"{WEIGHTS}/") for name in names):
         raise ArchiveError(f"{path}: {WEIGHTS}/ is missing: the archive holds no weights")
 

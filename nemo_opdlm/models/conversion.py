@@ -197,7 +197,9 @@ def open_model(path: str | Path) -> Iterator[tuple[StagedGPT, Archive]]:
         check_class(archive)
         arch = archive_architecture(archive, archive.config)
         dtype = PRECISIONS[str(archive.config.get("precision", "32"))]
-        model = build_model(arch, initialize(), AttentionRule.CAUSAL, ModelOptions(params_dtype=dtype, initialize=False))
+        model = build_model(
+            arch, initialize(), AttentionRule.CAUSAL, ModelOptions(params_dtype=dtype, initialize=False)
+        )
         read_weights(model, archive)
         yield model, archive
 

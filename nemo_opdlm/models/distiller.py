@@ -273,7 +273,9 @@ class OnPolicyDistiller:
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
         metrics["train/skipped"] = float(self.num_skipped)
         if self.num_skipped_in_a_row >= self.config.opdlm.max_consecutive_skips:
-            raise too_many_skips(self.num_skipped_in_a_row, grad_norm, loss, self._offenders(batch, index), batch.rollout_step)
+            raise too_many_skips(
+                self.num_skipped_in_a_row, grad_norm, loss, self._offenders(batch, index), batch.rollout_step
+            )
 
     def _offenders(self, batch: RolloutBatch, index: int) -> list[str]:
         """Prompts of an update whose loss is not finite when they are alone; all of its prompts where there are none."""
@@ -366,7 +368,10 @@ def rows_of_rank(trajectory: Trajectory, global_batch_size: int, dp_rank: int, d
 
 
 def _response_metrics(trajectory: Trajectory) -> Metrics:
-    return {"rollout/response_len": float(trajectory.response_len.sum()) / len(trajectory), **rollout_health(trajectory)}
+    return {
+        "rollout/response_len": float(trajectory.response_len.sum()) / len(trajectory),
+        **rollout_health(trajectory),
+    }
 
 
 def _rollout_metrics(trajectory: Trajectory, seconds: float) -> Metrics:

@@ -64,9 +64,7 @@ class HeldoutSet:
             return engine.generate_autoregressive(*prompts, settings, on_progress)
 
         trajectory = respond_together(respond, limit, parallel)
-        states = random_mask(
-            trajectory, settings.mask_token_id, num_states=1, seed=settings.seed, step=settings.step
-        )
+        states = random_mask(trajectory, settings.mask_token_id, num_states=1, seed=settings.seed, step=settings.step)
         return HeldoutSet.of(teacher, trajectory, states)
 
     @staticmethod
@@ -104,6 +102,4 @@ class HeldoutSet:
         parallel = student.parallel
         # Context-parallel ranks, which share these answers, judge different ones.
         rows = torch.arange(len(trajectory), device=parallel.device)[parallel.cp_rank :: parallel.cp_size]
-        return divergence_sums(
-            student, trajectory, states, self.targets, rows, HELDOUT_DIVERGENCE, micro_batch_size
-        )
+        return divergence_sums(student, trajectory, states, self.targets, rows, HELDOUT_DIVERGENCE, micro_batch_size)

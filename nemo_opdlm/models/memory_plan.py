@@ -221,9 +221,7 @@ class _Planner:
         prompts = Tokens(slots, prefix, Kernel.DENSE, prefix)
         prefill = prompts.mask_elements + network.forward_workspace(prompts, is_lean=network.is_lean)
         # Two blocks of a row go through the layers, of which the second is proposed for.
-        forward = network.forward_workspace(
-            Tokens(slots, 2 * block, Kernel.DENSE, row.blocks), is_lean=network.is_lean
-        )
+        forward = network.forward_workspace(Tokens(slots, 2 * block, Kernel.DENSE, row.blocks), is_lean=network.is_lean)
         heads_per_group = network.queries // network.keys
         # Tiles are told apart by number, and cost nothing to speak of.
         mask = 0 if self._uses_flex(network) else slots * 2 * block * heads_per_group * row.blocks

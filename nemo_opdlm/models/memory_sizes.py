@@ -296,7 +296,9 @@ class NetworkSizes:
     def backward_workspace(self, tokens: Tokens) -> int:
         """Gradients of activations and of the largest weight, while a layer goes back: in the SwiGLU layer, or in attention."""
         of_gate = 2 * self.ffn * self.on_gpu
-        activations = tokens.count * self.value_bytes * (of_gate + 3 * self.arch.hidden_size) + 4 * self._gate_chunk(tokens)
+        activations = tokens.count * self.value_bytes * (of_gate + 3 * self.arch.hidden_size) + 4 * self._gate_chunk(
+            tokens
+        )
         swiglu = activations + 2 * self.ffn * self.arch.hidden_size * self.weight_bytes
         if not tokens.chunk_elements:
             return swiglu

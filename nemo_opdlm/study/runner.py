@@ -82,7 +82,9 @@ def _run_cell(cell: Cell, folders: Folders) -> None:
         student = folder / "student.nemo"
         stages.append({"overrides": overrides, **json.loads(result.read_text(encoding="utf-8"))})
     folders.results.mkdir(parents=True, exist_ok=True)
-    _write(folders.result(cell), {"model": cell.subject.name, "variant": cell.variant, "seed": cell.seed, "stages": stages})
+    _write(
+        folders.result(cell), {"model": cell.subject.name, "variant": cell.variant, "seed": cell.seed, "stages": stages}
+    )
     for number in range(1, len(stages) + 1):
         shutil.rmtree(folders.stage(cell, number) / "log" / "checkpoints", ignore_errors=True)
 

@@ -86,7 +86,9 @@ class Ranks:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         while len(results) + len(errors) < self.size:
-            waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in results and rank not in errors}
+            waiting = {
+                c: rank for rank, c in enumerate(self._connections) if rank not in results and rank not in errors
+            }
             # Once a rank has failed, the others only end at the timeout of their next collective operation.
             ready = wait(list(waiting), timeout=0 if errors else max(0.0, deadline - time.monotonic()))
             if not ready:

@@ -21,7 +21,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no disk may be mounted here: {mounted.stderr.strip()}")
     yield folder

@@ -41,7 +41,9 @@ OTHERS = {
 
 @pytest.mark.usefixtures("thorough")
 @pytest.mark.parametrize("layout", OTHERS)
-def test_any_layout_leaves_a_rollout_together(layout: str, victims: Victims, inputs: tuple[str, ...], tmp_path: Path) -> None:
+def test_any_layout_leaves_a_rollout_together(
+    layout: str, victims: Victims, inputs: tuple[str, ...], tmp_path: Path
+) -> None:
     overrides = ("model.tensor_model_parallel_size=1", *OTHERS[layout])
 
     def run(name: str, strike: Strike | None = None) -> list[int]:

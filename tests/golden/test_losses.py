@@ -54,9 +54,7 @@ def measure(case: str) -> dict[str, float]:
     trajectory = random_trajectory(num_rows=8, block_size=4)
     states = select_states(selection, trajectory, MASK_TOKEN_ID, num_states=2, seed=0, step=1)
     network, rows = wrap(student, SETTINGS), torch.arange(len(trajectory))
-    parts = micro_batches(
-        trajectory, states, teacher.targets(trajectory, spec), rows, Normalization(normalization), 3
-    )
+    parts = micro_batches(trajectory, states, teacher.targets(trajectory, spec), rows, Normalization(normalization), 3)
     network.zero_grad_buffer()
     sums = forward_backward(network, parts, distillation_loss(LMHead(student), spec))
     loss = sum(float(part["loss_sum"]) for part in sums) / sum(float(part["count"]) for part in sums)

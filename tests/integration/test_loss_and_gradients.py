@@ -77,9 +77,7 @@ def problem(
     teacher.network[0].load_state_dict(teacher_import.state_dict, strict=False)
     trajectory = rollouts(student, parallel)
     states = one_state_per_block(trajectory, tiny.MASK_TOKEN_ID, num_states=NUM_STATES, seed=0, step=1)
-    return Problem(
-        student, reference(student_folder), reference(teacher_folder), teacher, trajectory, states, parallel
-    )
+    return Problem(student, reference(student_folder), reference(teacher_folder), teacher, trajectory, states, parallel)
 
 
 def rollouts(student: HfImport, parallel: ParallelContext) -> Trajectory:
@@ -124,9 +122,7 @@ def two_stream_row(problem: Problem, row: int, number: int) -> tuple[Tensor, Ten
     supervised = [
         column
         for column, (is_state, i, token) in enumerate(tokens)
-        if is_state
-        and token == tiny.MASK_TOKEN_ID
-        and prompt_len <= i < prompt_len + int(trajectory.response_len[row])
+        if is_state and token == tiny.MASK_TOKEN_ID and prompt_len <= i < prompt_len + int(trajectory.response_len[row])
     ]
     ids, positions = (torch.tensor([token[part] for token in tokens])[None] for part in (2, 1))
     return ids, positions, mask[None, None], supervised
@@ -199,9 +195,7 @@ def ours(
 ) -> Outcome:
     """The update as training makes it: Megatron's DDP, schedule and gradient buffers."""
     trajectory, states = batch or (problem.trajectory, problem.states)
-    model = tiny.load_import(
-        problem.student, problem.parallel, AttentionRule.BLOCK_DIFFUSION, ModelOptions(**options)
-    )
+    model = tiny.load_import(problem.student, problem.parallel, AttentionRule.BLOCK_DIFFUSION, ModelOptions(**options))
     network = wrap(model, ADAM)
     optimizer = StudentOptimizer(network, ADAM)
     teacher = copy(problem.teacher)
@@ -275,9 +269,7 @@ def test_teacher_targets_are_plain_causal_log_probs_shifted_by_one(problem: Prob
 
 
 @pytest.mark.parametrize("normalization", list(Normalization))
-def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(
-    problem: Problem, normalization: Normalization
-) -> None:
+def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(problem: Problem, normalization: Normalization) -> None:
     one_by_one = ours(problem, normalization, micro_batch_size=1)
     for micro_batch_size in (2, 3, 5):
         update = ours(problem, normalization, micro_batch_size)
@@ -331,7 +323,9 @@ def test_packed_teacher_passes_give_the_hidden_states_of_passes_apart(problem: P
 
 def test_a_pack_without_room_for_the_longest_row_is_refused(problem: Problem) -> None:
     longest = int(row_layout(problem.trajectory, problem.states).row_len.max())
-    with pytest.raises(ValueError, match=rf"pack_to_tokens={longest - 1} cannot .* {longest} tokens .* least {longest},"):
+    with pytest.raises(
+        ValueError, match=rf"pack_to_tokens={longest - 1} cannot .* {longest} tokens .* least {longest},"
+    ):
         ours(problem, pack_to_tokens=longest - 1)
 
 
@@ -342,17 +336,16 @@ def test_copies_in_one_row_are_as_many_rows(problem: Problem, normalization: Nor
     separate = DenoisingState(
         states.state_ids.flatten(0, 1)[:, None], states.loss_mask.flatten(0, 1)[:, None], torch.ones_like(rows)
     )
-    shared, apart = ours(problem, normalization), ours(
-        problem, normalization, batch=(problem.trajectory.index(rows), separate)
+    shared, apart = (
+        ours(problem, normalization),
+        ours(problem, normalization, batch=(problem.trajectory.index(rows), separate)),
     )
     assert shared.loss == pytest.approx(apart.loss, rel=1e-6)
     assert_same(shared.gradients, apart.gradients, 1e-5)
 
 
 RECOMPUTATION = {
-    "full-uniform": {
-        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1
-    },
+    "full-uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "full-block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective"},
 }

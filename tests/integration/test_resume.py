@@ -117,7 +117,14 @@ def test_the_second_pass_over_a_rollout_batch_is_resumed_bitwise(first_leg: int,
 
 def test_a_run_on_a_data_set_ends_at_its_trained_tokens_and_resumes_bitwise(tmp_path: Path) -> None:
     """With the validation and the checkpoint of a last step; started again it has nothing to do, and with more it goes on."""
-    settings = (*TINY, *tiny_inputs(tmp_path), *CHECKPOINTS, SCHEDULE, "+experiment=sft_dataset", "trainer.val_check_interval=5")
+    settings = (
+        *TINY,
+        *tiny_inputs(tmp_path),
+        *CHECKPOINTS,
+        SCHEDULE,
+        "+experiment=sft_dataset",
+        "trainer.val_check_interval=5",
+    )
     whole = run(tmp_path / "whole", *settings, "trainer.max_steps=5")
     expected = read_metrics(tmp_path / "whole")
     budget = int(expected[1]["trained_tokens"]) + 1

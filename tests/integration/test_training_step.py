@@ -162,7 +162,9 @@ def test_sft_on_the_data_sets_responses_is_the_nll_of_transformers(tmp_path: Pat
     lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     losses, reasons = [], set()
     for row, row_id in enumerate(model.distiller.row_ids(1)[:4]):
-        prompt, response = ([int(word[1:]) for word in lines[int(row_id) - 1][key].split()] for key in ("prompt", "response"))
+        prompt, response = (
+            [int(word[1:]) for word in lines[int(row_id) - 1][key].split()] for key in ("prompt", "response")
+        )
         clean = torch.tensor([*prompt, *[*response, tiny.END_TOKEN_ID][:10]])
         assert torch.equal(batch.trajectory.token_ids[row, : len(clean)], clean)
         reasons.add(FinishReason(int(batch.trajectory.finish_reason[row])))
@@ -230,7 +232,9 @@ def test_updates_without_a_finite_gradient_are_counted_and_end_the_run_by_naming
     assert all(torch.equal(tensor, before[name]) for name, tensor in network_weights(model).items())
     embedding.copy_(healthy)
     assert distiller.update(4)["train/skipped"] == 2
-    assert not torch.equal(network_weights(model)["0.decoder.final_layernorm.weight"], before["0.decoder.final_layernorm.weight"])
+    assert not torch.equal(
+        network_weights(model)["0.decoder.final_layernorm.weight"], before["0.decoder.final_layernorm.weight"]
+    )
     embedding[7] = torch.nan
     distiller.batch = None
     for step in (5, 6):
@@ -270,7 +274,9 @@ def test_a_run_of_skipped_updates_ends_by_naming_the_prompts_that_are_to_blame(t
     batch = distiller.batch
     assert batch is not None
     trajectory = batch.trajectory
-    is_written = torch.arange(trajectory.token_ids.shape[1]) < (trajectory.prompt_len + trajectory.response_len)[:, None]
+    is_written = (
+        torch.arange(trajectory.token_ids.shape[1]) < (trajectory.prompt_len + trajectory.response_len)[:, None]
+    )
     holds = ((trajectory.token_ids == token) & is_written).any(-1)
     row_ids = distiller.row_ids(batch.rollout_step)
     guilty = [row_ids[row] for row in torch.nonzero(holds)[:, 0].tolist()]
@@ -316,7 +322,9 @@ def test_an_archive_holds_the_students_tensors_and_no_others(trained: tuple[OPDL
     trained[0].save_to(str(tmp_path / "student.nemo"))
     with open_nemo(tmp_path / "student.nemo") as archive:
         entries: dict[str, Any] = FileSystemReader(archive.weights).read_metadata().state_dict_metadata
-        stored = {name: entry.size.numel() for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        stored = {
+            name: entry.size.numel() for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        }
         text = (archive.folder / "model_config.yaml").read_text()
     assert sum(stored.values()) == sum(parameter.numel() for parameter in trained[0].model.parameters())
     assert all(name.startswith("model.") for name in stored)
@@ -329,7 +337,9 @@ def test_a_trained_student_is_its_own_teacher_for_nobody(
     student = tmp_path / "student.nemo"
     trained[0].save_to(str(student))
     settings = (*TINY, *inputs, f"model.restore_from_path={student}", "trainer.max_steps=1")
-    message = f"model.kd_teacher_restore_from_path=None must be given: {student} is a trained student, .* its own teacher"
+    message = (
+        f"model.kd_teacher_restore_from_path=None must be given: {student} is a trained student, .* its own teacher"
+    )
     for mode in ("default", "sft_dataset"):  # training asks the teacher, or validation alone
         with pytest.raises(ValueError, match=message):
             run(tmp_path / mode, *settings, *MODES[mode])

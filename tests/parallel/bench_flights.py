@@ -1,6 +1,6 @@
 """How much two batches in flight are worth to a pipeline of two stages, beside one batch at a time.
 
-    python -m tests.parallel.bench_flights
+python -m tests.parallel.bench_flights
 """
 
 import statistics

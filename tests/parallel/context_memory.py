@@ -44,7 +44,12 @@ def update(length: int, context_size: int) -> tuple[int, float, float]:
     parallel.destroy()
     context = parallel.initialize(context_parallel_size=context_size)
     arch = tiny.architecture(
-        hidden_size=128, ffn_hidden_size=344, num_attention_heads=2, num_query_groups=1, kv_channels=64, vocab_size=256,
+        hidden_size=128,
+        ffn_hidden_size=344,
+        num_attention_heads=2,
+        num_query_groups=1,
+        kv_channels=64,
+        vocab_size=256,
         max_position_embeddings=2 * length,
     )
     network = wrap(tiny.random_network(arch, context, AttentionRule.BLOCK_DIFFUSION), tiny.optimizer_settings())

@@ -105,7 +105,8 @@ class Recorder(OnPolicyDistiller):
         if self.gradients is not None:
             with gradients_in_place_of_weights(self.student.model):
                 save_sharded(
-                    self.gradients / str(len(list(self.gradients.glob("*")))), self.student.model.sharded_weights(PREFIX)
+                    self.gradients / str(len(list(self.gradients.glob("*")))),
+                    self.student.model.sharded_weights(PREFIX),
                 )
         super().take_step(metrics)
 
@@ -123,7 +124,9 @@ class Recorder(OnPolicyDistiller):
         }
 
     def resume(self, folder: Path, plain: Mapping[str, Any]) -> int:
-        state = load_sharded(folder, self.weights_and_optimizer(is_loading=True), vocab_size=self.student.model.arch.vocab_size)
+        state = load_sharded(
+            folder, self.weights_and_optimizer(is_loading=True), vocab_size=self.student.model.arch.vocab_size
+        )
         self.student.model.load_weights(state["model"], PREFIX)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.scheduler.load_state_dict(plain["scheduler"])

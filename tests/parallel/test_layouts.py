@@ -60,7 +60,9 @@ def test_packed_updates_are_those_of_rows_apart_in_one_process(
     num_ranks, layout = LAYOUTS[name]
     arguments = (glassllm, layout, 2, (f"model.opdlm.pack_to_tokens={2 * LONGEST_ROW + 5}",), str(tmp_path))
     is_alone = num_ranks == 1
-    outcomes = [runs.train(*arguments)] if is_alone else request.getfixturevalue("two_ranks").run(runs.train, *arguments)
+    outcomes = (
+        [runs.train(*arguments)] if is_alone else request.getfixturevalue("two_ranks").run(runs.train, *arguments)
+    )
     apart, gradients = one_process
     for outcome in outcomes:
         assert_same_rollouts(outcome, Outcome(apart.metrics[:2], apart.rollouts[:1]))
@@ -221,11 +223,17 @@ def passages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     path = tmp_path_factory.mktemp("passages") / "passages.jsonl"
     rows = [{"prompt": text[:20], "response": text[20 : 30 + 3 * (number % 20)]} for number, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"model.data.train_ds.file_path={path}", "model.data.train_ds.truncate_prompt_to=null", "+experiment=sft_dataset"
+    return (
+        f"model.data.train_ds.file_path={path}",
+        "model.data.train_ds.truncate_prompt_to=null",
+        "+experiment=sft_dataset",
+    )
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "larger teacher", "data set's responses"])
-def test_other_modes_do_not_depend_on_the_layout_either(name: str, glassllm: str, request: pytest.FixtureRequest) -> None:
+def test_other_modes_do_not_depend_on_the_layout_either(
+    name: str, glassllm: str, request: pytest.FixtureRequest
+) -> None:
     if name == "larger teacher":
         num_ranks, layout = 4, Layout(tensor=2, pipeline=2)
         overrides: tuple[str, ...] = (request.getfixturevalue("larger_teacher"),)

@@ -333,6 +333,8 @@ def test_settings_that_would_explode_or_look_around_are_refused(nemo: Path, text
 
 def test_a_student_is_told_from_a_converted_model_by_the_settings_of_its_run_or_its_block_size(nemo: Path) -> None:
     converted = read_archive_config(nemo)
-    assert not is_trained(converted) and not is_trained({**converted, "origin": {"family": "qwen3", "block_size": None}})
+    assert not is_trained(converted) and not is_trained(
+        {**converted, "origin": {"family": "qwen3", "block_size": None}}
+    )
     assert is_trained({**converted, "optim": {"lr": 1e-5}})
     assert is_trained({**converted, "origin": {"family": "qwen3", "block_size": 8}})

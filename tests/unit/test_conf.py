@@ -93,7 +93,9 @@ def checked(config: dict[str, Any], world_size: int | None = None) -> Config:
 def ranks_of(parallel: str) -> int:
     """Ranks that hold one copy of the network."""
     sizes = dict(leaves(read("parallel", parallel)))
-    model_parallel = [sizes.get(f"model.{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context")]
+    model_parallel = [
+        sizes.get(f"model.{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context")
+    ]
     return math.prod(model_parallel)
 
 
@@ -105,7 +107,10 @@ def test_every_choice_of_every_group_is_valid(number: int) -> None:
     """The first choices of all groups together, then the second ones, and so on."""
     chosen = {group: choices[number % len(choices)] for group, choices in GROUPS.items()}
     chosen |= {"model": "from_checkpoint"}  # networks and layouts: below
-    overrides = [*(f"{group}={choice}" for group, choice in chosen.items()), *(f"{key}={value}" for key, value in leaves(GIVEN))]
+    overrides = [
+        *(f"{group}={choice}" for group, choice in chosen.items()),
+        *(f"{key}={value}" for key, value in leaves(GIVEN)),
+    ]
     config = composed(*overrides)
     expected = to_container(Config())
     for group, choice in chosen.items():
@@ -115,7 +120,8 @@ def test_every_choice_of_every_group_is_valid(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups", [("parallel", "precision", "optim"), ("opdlm/rollout", "opdlm/states", "opdlm/divergence", "opdlm/curriculum")]
+    "groups",
+    [("parallel", "precision", "optim"), ("opdlm/rollout", "opdlm/states", "opdlm/divergence", "opdlm/curriculum")],
 )
 def test_choices_of_groups_that_meet_are_valid_together(groups: tuple[str, ...]) -> None:
     for choices in itertools.product(*(GROUPS[group] for group in groups)):
@@ -158,7 +164,9 @@ def test_every_experiment_is_valid_in_every_layout(experiment: str) -> None:
         checked(merged(config, read("parallel", parallel)), ranks_of(parallel))
 
 
-@pytest.mark.parametrize("ablation", ["random_mask", "off_policy", "sft_baseline", "sft_dataset", "block_size_curriculum"])
+@pytest.mark.parametrize(
+    "ablation", ["random_mask", "off_policy", "sft_baseline", "sft_dataset", "block_size_curriculum"]
+)
 def test_ablations_combine_with_the_paper(ablation: str) -> None:
     config = checked(composed(f"experiment=[paper_4b,{ablation}]"))
     opdlm = config.model.opdlm
@@ -204,7 +212,9 @@ def test_the_default_of_a_group_changes_nothing() -> None:
 
 def test_a_choice_on_the_command_line_is_never_overruled_by_an_experiment() -> None:
     """An experiment chooses for a group; the keys of the group's files do not stand in the experiment itself."""
-    of_groups = {key: group for group, choices in GROUPS.items() for choice in choices for key, _ in leaves(read(group, choice))}
+    of_groups = {
+        key: group for group, choices in GROUPS.items() for choice in choices for key, _ in leaves(read(group, choice))
+    }
     for experiment in EXPERIMENTS:
         for key, _ in leaves(read("experiment", experiment)):
             assert key not in of_groups, f"experiment/{experiment}.yaml sets {key}, which is for {of_groups[key]}"
@@ -255,7 +265,9 @@ def test_the_recipe_is_the_published_one(experiment: str) -> None:
     assert opdlm.exclude_end_token and config.model.activations_checkpoint_granularity == "full"
     prompts = config.model.data.train_ds
     assert prompts.enable_thinking == thinks and prompts.domain_suffixes is not None
-    assert prompts.domain_suffixes["math"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert (
+        prompts.domain_suffixes["math"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
     caps = {"math": 4096, "code": 2048, "chat": 2048, "science": 1024}
     assert opdlm.rollout.domain_caps == (None if "math" in experiment else caps)
 
@@ -287,7 +299,10 @@ def test_a_network_has_the_published_number_of_parameters(model: str) -> None:
     counted = NetworkSizes(arch, ModelConfig(), stage=0, weight_bytes=2, value_bytes=2, on_gpu=True).parameters
     embeddings = (1 if arch.share_embeddings_and_output_weights else 2) * arch.vocab_size * arch.hidden_size
     total, outside = PUBLISHED[model]
-    assert (counted, counted - embeddings) == (pytest.approx(total * 1e9, rel=0.01), pytest.approx(outside * 1e9, rel=0.01))
+    assert (counted, counted - embeddings) == (
+        pytest.approx(total * 1e9, rel=0.01),
+        pytest.approx(outside * 1e9, rel=0.01),
+    )
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -340,11 +355,20 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
         ("parallel=tp2", "must be a multiple of model.tensor_model_parallel_size=2"),
         ("experiment=[quickstart,nothing]", "experiment='nothing' must be one of 'block_size_curriculum'"),
         ("experiment=[sft_baseline,paper_4b]", "divergence_top_k=16 contradicts divergence='nll'"),
-        ("experiment=typo", "model.opdlm.blok_size is not a key of this configuration; did you mean model.opdlm.block_size?"),
-        ("experiment=no_package", "experiment is a group of configurations, not a key: its files start with a line `# @package"),
+        (
+            "experiment=typo",
+            "model.opdlm.blok_size is not a key of this configuration; did you mean model.opdlm.block_size?",
+        ),
+        (
+            "experiment=no_package",
+            "experiment is a group of configurations, not a key: its files start with a line `# @package",
+        ),
         ("experiment=no_base", "experiment/no_base.yaml: experiment='papre_4b' must be one of"),
         ("experiment=no_choice", "parallel='tp3' must be one of 'cp2'"),
-        ("experiment=no_group", "experiment/no_group.yaml: paralel is not a key of this configuration; did you mean parallel?"),
+        (
+            "experiment=no_group",
+            "experiment/no_group.yaml: paralel is not a key of this configuration; did you mean parallel?",
+        ),
     ],
 )
 def test_a_mistake_in_a_group_is_one_line(
@@ -374,7 +398,10 @@ def test_what_the_readme_shows_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert python == "python" and (cli.CONF.parent / script).is_file()
         if "--cfg" not in arguments:
             assert run(monkeypatch, *arguments).model.tensor_model_parallel_size == 2
-    for name, text in (("experiment/mine", mine), ("data/ours", "# @package model.data\ntrain_ds: {file_path: x.jsonl}\n")):
+    for name, text in (
+        ("experiment/mine", mine),
+        ("data/ours", "# @package model.data\ntrain_ds: {file_path: x.jsonl}\n"),
+    ):
         file = tmp_path / f"{name}.yaml"
         file.parent.mkdir()
         file.write_text(text, encoding="utf-8")
@@ -383,7 +410,9 @@ def test_what_the_readme_shows_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_readme_lists_the_groups_with_their_defaults() -> None:
-    rows = re.findall(r"^\| `([\w/]+)` \|.*\| (\S+) \|$", (cli.CONF / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w/]+)` \|.*\| (\S+) \|$", (cli.CONF / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {group: default.strip("`") for group, default in rows} == DEFAULTS | {"experiment": "none"}
 
 
@@ -391,7 +420,9 @@ def test_help_shows_commands_and_every_choice() -> None:
     # A process of its own: NeMo, imported by other tests, has choices for groups of these names.
     script = cli.CONF.parent / "examples" / "train_opdlm.py"
     environment = os.environ | {"PYTHONPATH": str(cli.CONF.parent)}
-    done = subprocess.run([sys.executable, str(script), "--help"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) < 60
     for group, choices in {**GROUPS, "experiment": EXPERIMENTS}.items():
         assert f"\n{group}: {', '.join(choices)}\n" in done.stdout

@@ -91,7 +91,11 @@ def test_defaults_are_the_published_recipe() -> None:
         "end": 4000,
         "ramp_steps": 100,
     }
-    assert (rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.model.updates_per_rollout) == (128, 1, 16)
+    assert (rollout.num_prompts_per_step, rollout.num_responses_per_prompt, config.model.updates_per_rollout) == (
+        128,
+        1,
+        16,
+    )
     assert (optim.name, optim.lr, optim.weight_decay, optim.betas, optim.eps) == (
         "adamw",
         1e-5,
@@ -586,7 +590,11 @@ def test_ranks_that_do_not_fit_are_refused_with_the_nearest_values(
             "model.tensor_model_parallel_size=6 must divide num_attention_heads=16 and num_query_groups=8 of ar.nemo; "
             "nearest values that work: 4 (on 12 ranks)",
         ),
-        ({DEVICES: 16, TP: 16}, {}, "=16 must divide num_query_groups=8 of ar.nemo; nearest values that work: 8 (on 16 ranks)"),
+        (
+            {DEVICES: 16, TP: 16},
+            {},
+            "=16 must divide num_query_groups=8 of ar.nemo; nearest values that work: 8 (on 16 ranks)",
+        ),
         (
             # Heads alone would also allow 8.
             {DEVICES: 8, TP: 4},
@@ -595,7 +603,11 @@ def test_ranks_that_do_not_fit_are_refused_with_the_nearest_values(
         ),
         # 2 divides the network, but not the ranks.
         ({DEVICES: 3, TP: 3}, {}, "num_query_groups=8 of ar.nemo; nearest values that work: 1 (on 3 ranks)"),
-        ({DEVICES: 24, PP: 3}, {}, "=3 must divide num_layers=28 of ar.nemo; nearest values that work: 2, 4 (on 24 ranks)"),
+        (
+            {DEVICES: 24, PP: 3},
+            {},
+            "=3 must divide num_layers=28 of ar.nemo; nearest values that work: 2, 4 (on 24 ranks)",
+        ),
         (
             {DEVICES: 24, PP: 3, VPP: 7},
             {},
@@ -607,7 +619,11 @@ def test_ranks_that_do_not_fit_are_refused_with_the_nearest_values(
             "model.virtual_pipeline_model_parallel_size=3 x pipeline_model_parallel_size=4 must divide num_layers=28 of "
             "ar.nemo; nearest values that work: 7",
         ),
-        ({DEVICES: 2, PP: 2, VPP: 2}, {"num_layers": 2}, "must divide num_layers=2 of ar.nemo; nearest values that work: null"),
+        (
+            {DEVICES: 2, PP: 2, VPP: 2},
+            {"num_layers": 2},
+            "must divide num_layers=2 of ar.nemo; nearest values that work: null",
+        ),
     ],
 )
 def test_a_layout_that_does_not_divide_the_network_is_refused_with_the_nearest_values(
@@ -664,7 +680,11 @@ def test_ranks_are_taken_from_the_launcher(files: dict[str, str], environment: d
         (TORCHRUN, {DEVICES: 8}, "WORLD_SIZE=8: set trainer.devices=4 trainer.num_nodes=2"),
         (TORCHRUN, {DEVICES: "auto"}, "trainer.devices='auto' x trainer.num_nodes=1 contradicts"),
         (SLURM, {DEVICES: 4}, "SLURM_NTASKS=8: set trainer.devices=4 trainer.num_nodes=2"),
-        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, {DEVICES: 2}, "WORLD_SIZE=1: set trainer.devices=1 trainer.num_nodes=1"),
+        (
+            {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+            {DEVICES: 2},
+            "WORLD_SIZE=1: set trainer.devices=1 trainer.num_nodes=1",
+        ),
         ({"WORLD_SIZE": "3", "LOCAL_RANK": "2"}, {DEVICES: 2, NODES: 2}, "set trainer.devices=3 trainer.num_nodes=1"),
         (TORCHRUN | SLURM | {"SLURM_NTASKS": "2"}, {DEVICES: 1, NODES: 2}, "WORLD_SIZE=8"),
     ],

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "scripts"
+]
 #: Belong to a checkout.
 WITHOUT_COMMAND = {"quickstart", "study"}
 #: As if none of these was installed.
@@ -81,7 +83,9 @@ def test_every_script_has_a_command_of_its_name() -> None:
     assert {function.partition(":")[0].rpartition(".")[2] for function in SCRIPTS.values()} == scripts
 
 
-def test_outside_the_repository_and_without_nemo_the_core_and_all_commands_are_there(installed: Path, tmp_path: Path) -> None:
+def test_outside_the_repository_and_without_nemo_the_core_and_all_commands_are_there(
+    installed: Path, tmp_path: Path
+) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [paper_4b]\n", encoding="utf-8")
     code = """

@@ -198,7 +198,10 @@ def nested_key(depth: int) -> bytes:
 
 
 def test_pickles_that_overflow_the_stack_or_the_memory_are_refused(checkpoint: Path) -> None:
-    for pickled, expected in ((nested_key(10**6), "tuples are nested"), (b"\x80\x04Nr\xff\xff\xff\x7f.", "memo is larger")):
+    for pickled, expected in (
+        (nested_key(10**6), "tuples are nested"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "memo is larger"),
+    ):
         (checkpoint / ".metadata").write_bytes(pickled)
         assert ".metadata is refused: " in (message := refusal(checkpoint)) and expected in message
 

@@ -67,7 +67,9 @@ def test_responses_that_nobody_asked_for_are_ignored_but_no_prompt_ends_with_an_
     rows_ = [{"prompt": "a", "response": 7}, {"input": "b", "output": ""}]
     assert [(row.text, row.response) for row in read_rows(write_jsonl(rows_))] == [("a", None), ("b", None)]
     path = tmp_path / "p.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["a"], "response": pyarrow.array([2**62], pyarrow.duration("s"))}), path)
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "response": pyarrow.array([2**62], pyarrow.duration("s"))}), path
+    )
     assert read_rows(path)[0].response is None
     with pytest.raises(ValueError, match="not a readable parquet file"):
         read_rows(path, with_responses=True)
@@ -76,7 +78,10 @@ def test_responses_that_nobody_asked_for_are_ignored_but_no_prompt_ends_with_an_
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "a row needs exactly one response, 'response' or 'output' or a last assistant .*, found none"),
+        (
+            {"prompt": "a"},
+            "a row needs exactly one response, 'response' or 'output' or a last assistant .*, found none",
+        ),
         ({"prompt": "a", "response": "b", "output": "c"}, r"found \['response', 'output'\]"),
         (
             {"messages": [USER, {"role": "assistant", "content": "b"}], "response": "b"},
@@ -84,7 +89,10 @@ def test_responses_that_nobody_asked_for_are_ignored_but_no_prompt_ends_with_an_
         ),
         ({"messages": [USER]}, "found none"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "found none"),
-        ({"messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "b"}]}, "must be a user turn"),
+        (
+            {"messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "b"}]},
+            "must be a user turn",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"'messages\[1\].content' is empty"),
         ({"prompt": "a", "response": " \n"}, "'response' is empty"),
         ({"input": "a", "output": 3}, "'output' must be a string, got int"),
@@ -209,7 +217,10 @@ def test_broken_parquet_files_are_refused(tmp_path):
         ({"prompt": pyarrow.array([2**62], pyarrow.duration("s"))}, "not a readable parquet file"),
         ({"prompt": pyarrow.array([b"\xff"]).view(pyarrow.string())}, "not a readable parquet file"),
         ({"prompt": ["a"], "id": pyarrow.array([0], pyarrow.timestamp("s"))}, "'id' must be a string or an integer"),
-        ({"messages": pyarrow.array([[[("role", "user")]]], pyarrow.list_(pyarrow.map_("string", "string")))}, "got list"),
+        (
+            {"messages": pyarrow.array([[[("role", "user")]]], pyarrow.list_(pyarrow.map_("string", "string")))},
+            "got list",
+        ),
     ],
 )
 def test_columns_of_other_types_are_refused(tmp_path, columns, message):

@@ -68,7 +68,12 @@ def test_a_row_that_the_template_refuses_is_named(write_jsonl, raw_tokenizer):
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ 'a' * 10**15 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 'a' * 10**15 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
 )
 def test_a_template_that_fails_in_any_way_names_the_row(write_jsonl, raw_tokenizer, template):
     tokenizer = copy.copy(raw_tokenizer)

@@ -67,7 +67,9 @@ def test_a_token_across_the_boundary_leaves_the_prompt_as_it_is(write_jsonl):
 
     merged = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<eos>": 3}, [("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<eos>")
-    dataset = load(write_jsonl([{"prompt": "aa", "response": "bb"}, {"prompt": "b", "response": "ab"}]), tokenizer, (3,))
+    dataset = load(
+        write_jsonl([{"prompt": "aa", "response": "bb"}, {"prompt": "b", "response": "ab"}]), tokenizer, (3,)
+    )
     assert [prompt.tolist() for prompt in dataset] == [[0, 0], [1]]
     assert [response.tolist() for response in dataset.responses] == [[1, 1, 3], [2, 3]]
 

@@ -124,7 +124,9 @@ def test_a_plan_made_under_another_rule_is_not_used() -> None:
     causal = context.plan(stacked).mask
     cache, column = KVCache(1, 8), torch.arange(1)
     with context.use_cache(cache, AttentionRule.BLOCK_DIFFUSION):
-        cache.query = CachedQuery(column, column, column, column, column[None] + 3, num_keys=6, joined_heads=2, is_full=True)
+        cache.query = CachedQuery(
+            column, column, column, column, column[None] + 3, num_keys=6, joined_heads=2, is_full=True
+        )
         assert context.plan(stacked).mask.tolist() == [[2 * [4 * [True] + 2 * [False]]]]
     assert torch.equal(context.plan(stacked).mask, causal)
     context.rule = AttentionRule.BLOCK_DIFFUSION

@@ -36,9 +36,7 @@ class GraphedDenoiser(MegatronDenoiser):
     def __init__(self, network: StagedGPT, capture: Capture | None = None) -> None:
         forbidden = torch.arange(tiny.VOCAB_SIZE) >= tiny.NUM_TOKENS
         cache = KVCache(4, 32)
-        super().__init__(
-            network, cache, BLOCK_SIZE, tiny.MASK_TOKEN_ID, SamplingParams(), forbidden, fixed_shapes=True
-        )
+        super().__init__(network, cache, BLOCK_SIZE, tiny.MASK_TOKEN_ID, SamplingParams(), forbidden, fixed_shapes=True)
         self.run = ForwardGraphs(self.answer, capture) if capture is not None else self.answer
 
     def propose(self, query: Query) -> Proposal:

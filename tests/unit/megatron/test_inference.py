@@ -28,7 +28,11 @@ NETWORKS: dict[str, tuple[dict[str, Any], ModelOptions]] = {
     "recomputation": (
         {},
         ModelOptions(
-            transformer_config={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            transformer_config={
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
         ),
     ),
 }

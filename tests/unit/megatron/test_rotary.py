@@ -26,7 +26,10 @@ SCALINGS: dict[str, dict[str, Any]] = {
 def test_cosines_and_sines_are_those_of_transformers(kind: str) -> None:
     scaling = SCALINGS[kind]
     config = LlamaConfig(
-        hidden_size=64, num_attention_heads=2, max_position_embeddings=4096, rope_parameters={**scaling, "rope_theta": 5e5}
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters={**scaling, "rope_theta": 5e5},
     )
     positions = torch.tensor([[0, 1, 7, 7, 130, 4095]])
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
@@ -60,5 +63,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
 
 def test_an_unknown_scaling_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="rope_scaling type 'yarn' is not supported: use one of default, linear, llama3"):
+    with pytest.raises(
+        ValueError, match="rope_scaling type 'yarn' is not supported: use one of default, linear, llama3"
+    ):
         inverse_frequencies(8, 100.0, {"rope_type": "yarn", "factor": 2.0})

@@ -128,7 +128,9 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_cells_that_are_done_are_not_run_again_and_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_that_are_done_are_not_run_again_and_failures_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cells = list(plan.cells(plan.SMOKE))[:3]
     folders = runner.Folders(tmp_path / "work", tmp_path / "results")
     folders.results.mkdir()
@@ -147,5 +149,3 @@ def test_the_page_of_the_study_shows_its_results() -> None:
     text = (study / "README.md").read_text(encoding="utf-8")
     shown = text.partition(tables.BEGIN)[2].partition(tables.END)[0]
     assert shown.strip() == tables.markdown(read_results(study / "cells")).strip()
-
-
