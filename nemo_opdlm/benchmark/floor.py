@@ -38,8 +38,9 @@ class Machine:
 class Floor:
     """Least cost of a response token at static decoding, one token a forward.
 
-    Every block goes through the layers once for each of its tokens, and once more to leave its keys; a token's row
-    reaches the LM head in each forward in which it is masked, (b + 1) / 2 times on average.
+    Every block goes through the layers once for each of its tokens, and once more to leave its keys (of which the last
+    layer could spare its MLP: some half percent); a token's row reaches the LM head in each forward in which it is masked,
+    (b + 1) / 2 times on average.
 
     Attributes:
         flops: multiplications and additions.

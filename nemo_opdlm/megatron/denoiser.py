@@ -119,27 +119,28 @@ class MegatronDenoiser:
         return self._pack(query, self._packed_places(query, asked), is_asked)
 
     def forward(self, forward: Forward) -> Tensor:
-        """Run it through all chunks of a network that is whole on this rank; its last hidden states ``[T, hidden]``."""
+        """Run it through all chunks of a network that is whole on this rank; hidden states ``[M, hidden]`` of what is asked."""
         assert self.model.parallel.pp_size == 1
         return self.run_chunk(0, forward, None)[0]
 
     def run_chunk(self, number: int, forward: Forward, hidden: Tensor | None) -> Tensor:
         """Run it through one chunk of this rank, from the hidden states of the chunk before (None for the first).
 
-        Returns hidden states ``[T / TP or T, 1, hidden]`` for the next chunk, or ``[1, T, hidden]`` from the last one.
+        Returns hidden states ``[T / TP or T, 1, hidden]`` for the next chunk, or ``[1, M, hidden]``, of the tokens that are
+        asked, from the last one.
         """
         self.cache.query = forward.cached
         chunk, attributes = self.model[number], forward.attributes
         if self.is_lean:
-            return forward_chunk(chunk, forward.token_ids, attributes, hidden)
+            return forward_chunk(chunk, forward.token_ids, attributes, hidden, forward.asked)
         chunk.set_input_tensor([hidden])
         out: Tensor = chunk(forward.token_ids, attributes.position_ids, attributes.stack())
-        return out
+        return out[:, forward.asked] if chunk.post_process else out
 
     def read(self, forward: Forward, hidden: Tensor) -> Proposal:
-        """Proposals from the last hidden states ``[T, hidden]``."""
+        """Proposals from the last hidden states ``[M, hidden]``."""
         assert forward.uniform is not None
-        logits, vocab = self.logits(hidden[forward.asked]), self.head.vocab
+        logits, vocab = self.logits(hidden), self.head.vocab
         forbidden = local_columns(self.forbidden, logits.shape[-1], vocab)
         if forward.is_asked is None:
             proposal = propose(logits, forward.uniform.flatten(), self.sampling, forbidden, vocab, self._memory)
@@ -160,8 +161,11 @@ class MegatronDenoiser:
         return self.read(forward, self.forward(forward))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[T, V_local]`` of the rows asked for; the one place where a rollout's logits exist."""
-        return self.head.logits(hidden)
+        """Logits ``[M, V_local]`` of the rows asked for; the one place where a rollout's logits exist.
+
+        In the head's own dtype: proposals copy them to fp32 in any case.
+        """
+        return self.head.narrow_logits(hidden)
 
     @staticmethod
     def _packed_places(query: Query, asked: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ _FEW_ROWS = 12
 
 
 class LMHead:
-    """Logits of gathered hidden rows, fp32, with the vocabulary's padding rows at -inf.
+    """Logits of gathered hidden rows, with the vocabulary's padding rows at -inf.
 
     Args:
         model: the network whose head is read in place.
@@ -81,21 +81,22 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
+        return self.narrow_logits(hidden).float().contiguous()
+
+    def narrow_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the dtype that the head multiplies in, with whichever dimension contiguous."""
         # Targets and evaluations also ask outside of a forward pass and its autocast.
         with autocast(self.model.options.autocast_dtype, hidden.device):
             return self.project(self.shared(hidden), self.model.head_weight())
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits ``[T, V_local]`` of hidden states that all shards share, with the head's weight in whatever dtype."""
+        """Logits ``[T, V_local]`` of hidden states that all shards share, with the head's weight in whatever dtype: theirs."""
         few_rows = hidden.dim() == 2 and hidden.shape[0] <= _FEW_ROWS
-        if few_rows and not hidden.is_cuda and hidden.dtype == torch.float32:
-            logits = linear_of_few_rows(hidden, weight).float().contiguous()
-        else:
-            logits = F.linear(hidden, weight).float()
+        multiplies_few = few_rows and not hidden.is_cuda and hidden.dtype == torch.float32
+        logits = (linear_of_few_rows if multiplies_few else F.linear)(hidden, weight)
         num_real = self.model.arch.vocab_size - self.vocab.start
         if num_real < logits.shape[-1]:
-            is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
-            logits = logits.masked_fill(is_padding, float("-inf"))
+            logits[..., max(num_real, 0) :] = -torch.inf
         return logits
 
 
@@ -203,7 +204,9 @@ class _ChunkedLoss(torch.autograd.Function):
             # At least one, possibly empty: every collective and every gradient is there without supervised tokens, too.
             for start in range(0, max(1, hidden.shape[0]), num_rows):
                 rows = hidden[start : start + num_rows].to(weight.dtype)
-                part, gradient = chunks.losses(chunks.head.project(rows, weight), start, of_hidden or of_head)
+                part, gradient = chunks.losses(
+                    chunks.head.project(rows, weight).float().contiguous(), start, of_hidden or of_head
+                )
                 parts.append(part)
                 if gradient is None:
                     continue

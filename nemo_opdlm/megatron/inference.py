@@ -27,7 +27,11 @@ def suits(model: StagedGPT) -> bool:
 
 
 def forward_chunk(
-    chunk: HiddenStatesGPT, token_ids: Tensor, attributes: TokenAttributes, hidden: Tensor | None
+    chunk: HiddenStatesGPT,
+    token_ids: Tensor,
+    attributes: TokenAttributes,
+    hidden: Tensor | None,
+    asked: Tensor | None = None,
 ) -> Tensor:
     """A chunk's hidden states, as the chunk itself returns them; without gradients.
 
@@ -36,13 +40,18 @@ def forward_chunk(
         token_ids: ``[1, T]``.
         attributes: of each token.
         hidden: ``[T, 1, hidden]`` from the chunk before; None for the first.
+        asked: ``[M]`` tokens whose hidden states ``[1, M, hidden]`` the last chunk returns; None = all of them. Of the
+            others, the last layer computes keys, values and attention alone.
     """
     hidden = F.embedding(token_ids[0], chunk.embedding.word_embeddings.weight) if hidden is None else hidden[:, 0]
     if _multiplies_few_rows(hidden):
         hidden = hidden.T.contiguous().T  # in memory as `linear_of_few_rows` returns what is added to it
-    stacked = attributes.stack()
-    for layer in chunk.decoder.layers:
-        hidden = _add(hidden, _attention(layer.self_attention, layer.input_layernorm(hidden), stacked))
+    stacked, last = attributes.stack(), len(chunk.decoder.layers) - 1
+    for number, layer in enumerate(chunk.decoder.layers):
+        attended = _attention(layer.self_attention, layer.input_layernorm(hidden), stacked)
+        if asked is not None and chunk.post_process and number == last:
+            hidden, attended = hidden[asked], attended[asked]
+        hidden = _add(hidden, _linear(layer.self_attention.linear_proj, attended))
         hidden = _add(hidden, _mlp(layer.mlp, layer.pre_mlp_layernorm(hidden)))
     if not chunk.post_process:
         return hidden[:, None].to(chunk.config.pipeline_dtype)
@@ -50,7 +59,10 @@ def forward_chunk(
 
 
 def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
-    """Grouped queries: of each group, the heads of its queries, its key and its value stand side by side."""
+    """What the heads read, ``[T, heads * head_dim]``.
+
+    Of each group of heads, its queries, its key and its value stand side by side.
+    """
     core = attention.core_attention
     size, groups = core.config.kv_channels, core.config.num_query_groups
     heads = _linear(attention.linear_qkv, hidden)
@@ -63,8 +75,7 @@ def _attention(attention: Any, hidden: Tensor, stacked: Tensor) -> Tensor:
         turned = torch.cat([attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])], dim=2)
     plan = core.context.plan(stacked)
     turned = rotate_without_gradient(turned, plan.cos, plan.sin)
-    out = core.attend_cached(turned[:, :, :-1], turned[:, :, -1], value, plan.mask)
-    return _linear(attention.linear_proj, out[:, 0])
+    return core.attend_cached(turned[:, :, :-1], turned[:, :, -1], value, plan.mask)[:, 0]  # type: ignore[no-any-return]
 
 
 def _mlp(mlp: Any, hidden: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from nemo_opdlm.models.settings import model_options, teacher_options, teacher_r
 
 #: Logits in fp32 that are held where the teacher is reduced to its top-k ids.
 _TOP_K_LOGITS = 4.25
-#: The same of a proposal, without and with a nucleus filter.
-_PROPOSAL_LOGITS, _NUCLEUS_LOGITS = 3.0, 5.5
+#: The same of a proposal, without and with a nucleus filter, beside those that the head has made.
+_PROPOSAL_LOGITS, _NUCLEUS_LOGITS = 2.0, 4.5
 #: Bytes of a proposal for each column of the vocabulary: its id three times, and whether it is forbidden.
 _COLUMN_BYTES = 25
 #: Bytes of a rollout's record: id, unmasking step and confidence of each token; id and loss mask of each token of a state.
@@ -226,7 +226,8 @@ class _Planner:
         # Tiles are told apart by number, and cost nothing to speak of.
         mask = 0 if self._uses_flex(network) else slots * 2 * block * heads_per_group * row.blocks
         factor = _PROPOSAL_LOGITS if rollout.top_p == 1 else _NUCLEUS_LOGITS
-        logits = int((factor * slots * block * FP32 + _COLUMN_BYTES) * network.vocab) * network.is_last
+        of_logit = factor * FP32 + network.value_bytes
+        logits = int((of_logit * slots * block + _COLUMN_BYTES) * network.vocab) * network.is_last
         return [
             replace(cached, name="rollout: prompts", activations=prefill),
             replace(cached, name="rollout: layers", activations=forward + mask * (1 + network.value_bytes)),

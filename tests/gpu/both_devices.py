@@ -86,7 +86,7 @@ class RecordingDenoiser(MegatronDenoiser):
         columns = (
             forward.attributes.position_ids[0, forward.asked].cpu(),
             forward.uniform[forward.is_asked].cpu(),
-            self.logits(hidden[forward.asked]).cpu(),
+            self.logits(hidden).cpu(),
         )
         for row in rows.unique().tolist():
             self._forwards[row] += 1

@@ -40,13 +40,14 @@ NETWORKS: dict[str, tuple[dict[str, Any], ModelOptions]] = {
 
 @torch.no_grad()
 def hidden_states(network: StagedGPT, is_lean: bool) -> list[torch.Tensor]:
-    """Of a prefill and of two forwards, the second of which commits a block in one of its rows."""
+    """Of what is asked by a prefill and two forwards, the second of which commits a block in one row; and all keys and values."""
     forbidden = torch.zeros(tiny.VOCAB_SIZE, dtype=torch.bool)
     cache = KVCache(3, 16)
     denoiser = MegatronDenoiser(network, cache, BLOCK_SIZE, tiny.MASK_TOKEN_ID, SamplingParams(), forbidden)
     assert denoiser.is_lean
     denoiser.is_lean = is_lean
     slots, tokens = torch.tensor([0, 2]), torch.randint(4, 30, (2, 8), generator=torch.Generator().manual_seed(1))
+    tokens[0, 5:7] = tokens[1, 4:] = tiny.MASK_TOKEN_ID
     positions = torch.arange(8).expand(2, -1)
     valid = torch.ones(2, 8, dtype=torch.bool)
     partly = valid.clone()
@@ -60,7 +61,10 @@ def hidden_states(network: StagedGPT, is_lean: bool) -> list[torch.Tensor]:
         network.attention.use_cache(cache, AttentionRule.BLOCK_DIFFUSION),
         autocast(network.options.autocast_dtype, torch.device("cpu")),
     ):
-        return [denoiser.forward(denoiser.prepare(query)) for query in queries]
+        found = [denoiser.forward(denoiser.prepare(query)) for query in queries]
+    assert [len(hidden) for hidden in found] == [0, 6, 6]
+    # The place behind the last position is anybody's.
+    return found + [x[:, :, :-1] for layer in range(1, network.arch.num_layers + 1) for x in cache.layer(layer)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
