@@ -51,9 +51,7 @@ def engine(subject: Subject, batch_size: int) -> RolloutEngine:
 
 def answer(subject: Subject, work: Workload, batch_size: int, settings: RolloutSettings) -> Trajectory:
     """Our rollout."""
-    device = subject.device
-    requests = (work.prompt_ids, work.prompt_len, work.limits, torch.arange(len(work)))
-    return engine(subject, batch_size).generate(*(x.to(device) for x in requests), settings)
+    return engine(subject, batch_size).generate(work.requests.to(subject.device), settings)
 
 
 def ours(subject: Subject, work: Workload, batch_size: int, settings: RolloutSettings) -> Outcome:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.megatron.student import StagedGPT
@@ -57,6 +58,11 @@ class Workload:
         """A small part of it."""
         limits = self.limits[:num_rows].clamp(max=new_tokens)
         return Workload(self.prompt_ids[:num_rows], self.prompt_len[:num_rows], limits)
+
+    @property
+    def requests(self) -> Requests:
+        """Its rows as our engine takes them."""
+        return Requests(self.prompt_ids, self.prompt_len, self.limits, torch.arange(len(self)))
 
     @property
     def num_tokens(self) -> int:

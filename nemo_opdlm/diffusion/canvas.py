@@ -10,6 +10,7 @@ from torch import Tensor
 from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal
 from nemo_opdlm.diffusion.remasking import quota
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.rng import Stream, uniform
@@ -119,31 +120,26 @@ class Canvas:
 
     def __init__(
         self,
-        prompt_ids: Tensor,
-        prompt_len: Tensor,
-        max_new_tokens: Tensor,
-        sample_ids: Tensor,
+        requests: Requests,
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None,
         num_slots: int | None,
         late_reads: bool,
     ) -> None:
-        _check_lengths(prompt_ids, prompt_len, max_new_tokens)
         self.settings = settings
         self.on_progress = on_progress
-        num_rows = prompt_len.numel()
         self.late_reads = late_reads
-        self.slots = Slots(min(num_slots or num_rows, num_rows), num_rows)
+        self.slots = Slots(min(num_slots or len(requests), len(requests)), len(requests))
         self._statuses: list[Status] = []
         self._num_forwards = self._num_row_forwards = self._num_tokens_of_finished = self._num_tokens_of_open = 0
         self.block_size = settings.block_size
-        self.prompt_len = prompt_len
-        self.limit_end = prompt_len + max_new_tokens
-        self.sample_ids = sample_ids
+        self.prompt_len = prompt_len = requests.prompt_len
+        self.limit_end = prompt_len + requests.max_new_tokens
+        self.sample_ids = requests.sample_ids
         #: Tokens of the longest row, in whole blocks.
         self.length = length = -(-int(self.limit_end.max()) // self.block_size) * self.block_size
+        prompt_ids = F.pad(requests.prompt_ids, (0, length - requests.prompt_ids.shape[1]))
         in_prompt = torch.arange(length, device=prompt_ids.device) < prompt_len[:, None]
-        prompt_ids = F.pad(prompt_ids, (0, length - prompt_ids.shape[1]))
         self.token_ids = prompt_ids.masked_fill(~in_prompt, settings.mask_token_id)
         # What may be written is decided by this record, never by comparing ids: a prompt may hold any token.
         self.unmask_step = torch.full_like(self.token_ids, NEVER_UNMASKED, dtype=torch.int32).masked_fill(in_prompt, 0)
@@ -317,13 +313,4 @@ class Canvas:
             num_forwards=self.num_forwards,
             sample_ids=self.sample_ids,
             block_size=self.block_size,
-        )
-
-
-def _check_lengths(prompt_ids: Tensor, prompt_len: Tensor, max_new_tokens: Tensor) -> None:
-    fits = (prompt_len >= 1) & (prompt_len <= prompt_ids.shape[1]) & (max_new_tokens >= 1)
-    if prompt_len.numel() == 0 or not bool(fits.all()):
-        raise ValueError(
-            f"prompt_len={prompt_len.tolist()} and max_new_tokens={max_new_tokens.tolist()}; allowed: at least one "
-            f"row, prompts of 1 to {prompt_ids.shape[1]} tokens, and at least 1 new token"
         )

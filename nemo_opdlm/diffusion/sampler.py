@@ -3,12 +3,11 @@
 from collections.abc import Callable, Generator
 from functools import partial
 
-from torch import Tensor
-
 from nemo_opdlm.diffusion.canvas import Canvas
 from nemo_opdlm.diffusion.denoiser import Denoiser, Query
 from nemo_opdlm.diffusion.proposal import Proposal
 from nemo_opdlm.diffusion.remasking import positions_to_reveal
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, Trajectory
 from nemo_opdlm.rng import Stream
@@ -16,18 +15,14 @@ from nemo_opdlm.rng import Stream
 
 def rollout(
     denoiser: Denoiser,
-    prompt_ids: Tensor,
-    prompt_len: Tensor,
-    max_new_tokens: Tensor,
-    sample_ids: Tensor,
+    requests: Requests,
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
     late_reads: bool = False,
 ) -> Trajectory:
     """Answer prompts with one network that answers at once; see `decode` for the arguments."""
-    arguments = (prompt_ids, prompt_len, max_new_tokens, sample_ids, settings)
-    return run(denoiser, decode(*arguments, on_progress, num_slots, late_reads))
+    return run(denoiser, decode(requests, settings, on_progress, num_slots, late_reads))
 
 
 def run(denoiser: Denoiser, steps: Generator[Query, Proposal | None, Trajectory]) -> Trajectory:
@@ -47,10 +42,7 @@ def run(denoiser: Denoiser, steps: Generator[Query, Proposal | None, Trajectory]
 
 
 def decode(
-    prompt_ids: Tensor,
-    prompt_len: Tensor,
-    max_new_tokens: Tensor,
-    sample_ids: Tensor,
+    requests: Requests,
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
@@ -67,10 +59,7 @@ def decode(
     of the network and is sent the proposals (None after a prefill).
 
     Args:
-        prompt_ids: int64 ``[B, Lp]``, padded on the right.
-        prompt_len: int64 ``[B]``, at least 1.
-        max_new_tokens: int64 ``[B]``, at least 1; a response of that length has no end token added.
-        sample_ids: int64 ``[B]``, keys of the randomness.
+        requests: the prompts.
         settings: how to decode.
         on_progress: called before each forward and once at the end.
         num_slots: rows that are decoded at a time, those of the cache; None for all of them.
@@ -78,7 +67,7 @@ def decode(
             that it has just asked for. The answers are the same. A finished row keeps its slot for one forward more, which
             leaves no trace, and the shapes of queries are few: every row brings two blocks, slots are halved at the end.
     """
-    canvas = Canvas(prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads)
+    canvas = Canvas(requests, settings, on_progress, num_slots, late_reads)
     while (blocks := canvas.open_blocks()) is not None:
         prefill = canvas.prefill(blocks)
         if prefill is not None:

@@ -10,16 +10,14 @@ from torch import Tensor
 from nemo_opdlm.diffusion.canvas import Blocks, Canvas
 from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
 from nemo_opdlm.rng import Stream, uniform
 
 
 def speculate(
-    prompt_ids: Tensor,
-    prompt_len: Tensor,
-    max_new_tokens: Tensor,
-    sample_ids: Tensor,
+    requests: Requests,
     settings: RolloutSettings,
     on_progress: Callable[[RolloutProgress], None] | None = None,
     num_slots: int | None = None,
@@ -44,9 +42,7 @@ def speculate(
     The network must never propose the mask token. ``unmask_step`` counts forwards; remasking and denoising steps have no part
     in this.
     """
-    canvas = _SpeculativeCanvas(
-        prompt_ids, prompt_len, max_new_tokens, sample_ids, settings, on_progress, num_slots, late_reads
-    )
+    canvas = _SpeculativeCanvas(requests, settings, on_progress, num_slots, late_reads)
     while (blocks := canvas.open_blocks()) is not None:
         prefill = canvas.prefill(blocks)
         if prefill is not None:
@@ -63,22 +59,17 @@ class _SpeculativeCanvas(Canvas):
 
     def __init__(
         self,
-        prompt_ids: Tensor,
-        prompt_len: Tensor,
-        max_new_tokens: Tensor,
-        sample_ids: Tensor,
+        requests: Requests,
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None,
         num_slots: int | None,
         late_reads: bool,
     ) -> None:
         one_by_one = replace(settings, block_size=1, denoising_steps=1)
-        super().__init__(
-            prompt_ids, prompt_len, max_new_tokens, sample_ids, one_by_one, on_progress, num_slots, late_reads
-        )
+        super().__init__(requests, one_by_one, on_progress, num_slots, late_reads)
         self.draft_size = settings.block_size
-        self.num_drafts = torch.zeros_like(prompt_len)
-        self.columns = torch.arange(2 * self.draft_size, device=prompt_ids.device)
+        self.num_drafts = torch.zeros_like(self.prompt_len)
+        self.columns = torch.arange(2 * self.draft_size, device=self.device)
         # The last columns of a query may stand past the longest row.
         margin = (0, 2 * self.draft_size)
         self.token_ids = F.pad(self.token_ids, margin)

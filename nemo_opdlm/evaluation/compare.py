@@ -4,9 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from nemo_opdlm.data.collate import collate
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -61,7 +59,7 @@ def respond(
     """Block-diffusion responses to the held-out prompts."""
     settings = replace(model.method.rollout_settings(1), remasking=remasking, seed=HELDOUT_SEED, step=0)
     engine = model.method.engine(model.model, model.config.data.validation_ds.num_samples, sampling)
-    return engine.generate(*heldout_requests(model), settings, on_progress)
+    return engine.generate(model.heldout_requests, settings, on_progress)
 
 
 def respond_as_original(model: OPDLMModel, on_progress: OnProgress | None = None) -> Trajectory:
@@ -69,19 +67,9 @@ def respond_as_original(model: OPDLMModel, on_progress: OnProgress | None = None
     assert model.teacher is not None
     engine = model.method.engine(model.teacher.network, model.config.data.validation_ds.num_samples, GREEDY)
     settings = replace(model.method.rollout_settings(1), seed=HELDOUT_SEED, step=0)
-    return engine.generate_autoregressive(*heldout_requests(model), settings, on_progress)
+    return engine.generate_autoregressive(model.heldout_requests, settings, on_progress)
 
 
 def teacher_repeat_4gram(model: OPDLMModel, on_progress: OnProgress | None = None) -> float:
     """The teacher's own share of repeated 4-grams under greedy decoding, beside which the student's is read."""
     return repeated_ngrams(respond_as_original(model, on_progress), 4)
-
-
-def heldout_requests(model: OPDLMModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts ``[B, P]``, prompt lengths, response limits and sample ids of the held-out set."""
-    validation, prompts = model.config.data.validation_ds, model.heldout_prompts
-    count = min(validation.num_samples, len(prompts))
-    prompt_ids, prompt_len = collate([prompts[i] for i in range(count)], model.method.pad_id)
-    limits = torch.full_like(prompt_len, validation.response_length)
-    device = model.parallel.device
-    return prompt_ids.to(device), prompt_len.to(device), limits.to(device), torch.arange(count, device=device)

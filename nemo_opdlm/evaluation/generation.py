@@ -15,6 +15,7 @@ from nemo_opdlm.data.rows import PromptRow, read_rows
 from nemo_opdlm.data.tokenizer import load_tokenizer
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.rollout import RolloutEngine
@@ -131,8 +132,8 @@ class Generator:
             "speculative": engine.generate_speculative,
         }
         decode = from_left_to_right.get(config.mode, engine.generate)
-        arguments = (prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
-        return decode(*(tensor.to(device) for tensor in arguments), settings, on_progress)
+        requests = Requests(prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
+        return decode(requests.to(device), settings, on_progress)
 
     def rollout_settings(self, config: GenerateConfig) -> RolloutSettings:
         """How a configuration decodes.

@@ -11,6 +11,7 @@ from nemo_opdlm.config.generate import GenerateConfig
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import load_prompts
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.evaluation.decoding import divergences, judge
 from nemo_opdlm.evaluation.generation import Generator
@@ -57,14 +58,13 @@ class HeldoutPrompts:
             )
         prompts = _read(student, data)
         prompt_ids, prompt_len = collate(prompts, student.tokens.pad_id)
-        device = original.network.parallel.device
+        limits = torch.full_like(prompt_len, data.response_length)
+        requests = Requests(prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
         teacher = Teacher.around(original.network, decoding.batch_size)
         heldout = HeldoutSet.build(
             teacher,
             replace(student, network=original.network).engine(HELDOUT_SAMPLING, len(prompts)),
-            prompt_ids.to(device),
-            prompt_len.to(device),
-            data.response_length,
+            requests.to(original.network.parallel.device),
             student.rollout_settings(_as_heldout(decoding)),
         )
         return HeldoutPrompts(teacher, prompts, data.response_length, heldout)

@@ -11,6 +11,7 @@ from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, WorkingMemory
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import decode
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.speculative import speculate
@@ -54,31 +55,13 @@ class RolloutEngine:
     gives_up: Callable[[], bool] | None = None
 
     def generate(
-        self,
-        prompt_ids: Tensor,
-        prompt_len: Tensor,
-        max_new_tokens: Tensor,
-        sample_ids: Tensor,
-        settings: RolloutSettings,
-        on_progress: Callable[..., None] | None = None,
+        self, requests: Requests, settings: RolloutSettings, on_progress: Callable[..., None] | None = None
     ) -> Trajectory:
-        """Block-diffusion rollouts of ``prompt_ids [B, P]``; see ``diffusion.sampler.rollout``."""
-        return self._decode(
-            MegatronDenoiser,
-            AttentionRule.BLOCK_DIFFUSION,
-            (prompt_ids, prompt_len, max_new_tokens, sample_ids),
-            settings,
-            on_progress,
-        )
+        """Block-diffusion rollouts; see ``diffusion.sampler.decode``."""
+        return self._decode(MegatronDenoiser, AttentionRule.BLOCK_DIFFUSION, requests, settings, on_progress)
 
     def generate_autoregressive(
-        self,
-        prompt_ids: Tensor,
-        prompt_len: Tensor,
-        max_new_tokens: Tensor,
-        sample_ids: Tensor,
-        settings: RolloutSettings,
-        on_progress: Callable[..., None] | None = None,
+        self, requests: Requests, settings: RolloutSettings, on_progress: Callable[..., None] | None = None
     ) -> Trajectory:
         """Causal decoding with the same weights, token by token; the trajectory has the block size of ``settings``."""
         one_by_one = replace(
@@ -87,53 +70,35 @@ class RolloutEngine:
             denoising_steps=1,
             remasking=RemaskingParams(RemaskingStrategy.LOW_CONFIDENCE_STATIC),
         )
-        return self._decode(
-            CausalDenoiser,
-            AttentionRule.CAUSAL,
-            (prompt_ids, prompt_len, max_new_tokens, sample_ids),
-            one_by_one,
-            on_progress,
-        ).with_block_size(settings.block_size)
+        trajectory = self._decode(CausalDenoiser, AttentionRule.CAUSAL, requests, one_by_one, on_progress)
+        return trajectory.with_block_size(settings.block_size)
 
     def generate_speculative(
-        self,
-        prompt_ids: Tensor,
-        prompt_len: Tensor,
-        max_new_tokens: Tensor,
-        sample_ids: Tensor,
-        settings: RolloutSettings,
-        on_progress: Callable[..., None] | None = None,
+        self, requests: Requests, settings: RolloutSettings, on_progress: Callable[..., None] | None = None
     ) -> Trajectory:
         """The tokens of `generate_autoregressive`, drafted by the block, and never in more forwards; see `speculate`."""
-        return self._decode(
-            SpeculativeDenoiser,
-            AttentionRule.CAUSAL,
-            (prompt_ids, prompt_len, max_new_tokens, sample_ids),
-            settings,
-            on_progress,
-            speculate,
-        )
+        return self._decode(SpeculativeDenoiser, AttentionRule.CAUSAL, requests, settings, on_progress, speculate)
 
     @torch.no_grad()
     def _decode(
         self,
         denoiser_type: type[MegatronDenoiser],
         rule: AttentionRule,
-        requests: tuple[Tensor, Tensor, Tensor, Tensor],
+        requests: Requests,
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
         sampler: Sampler = decode,
     ) -> Trajectory:
-        batches = self._batches(*requests[1:3], settings.block_size)
+        batches = self._batches(requests, settings.block_size)
         report = _report_of_all(on_progress, [rows.numel() for rows, _ in batches])
         # One for all batches, which propose in turn. A GPU keeps memory itself, and a graph has its own.
-        memory = None if requests[0].is_cuda else WorkingMemory()
+        memory = None if requests.prompt_ids.is_cuda else WorkingMemory()
         flights = [
             partial(
                 self._start,
                 sampler,
                 denoiser_type,
-                tuple(part[rows] for part in requests),
+                requests.index(rows),
                 num_slots,
                 settings,
                 report(number),
@@ -148,7 +113,7 @@ class RolloutEngine:
             chunk.set_is_first_microbatch()
         try:
             # One region around all forwards: weights are cast once per rollout, not once per forward.
-            region = autocast(self.model.options.autocast_dtype, requests[0].device)
+            region = autocast(self.model.options.autocast_dtype, requests.prompt_ids.device)
             with without_redirect(), self.model.on_device(), region, self.model.attention.use_rule(rule):
                 trajectory = Trajectory.cat(fly(self.model, flights, self.gives_up))
         finally:
@@ -156,18 +121,17 @@ class RolloutEngine:
         order = torch.cat([rows for rows, _ in batches])
         return trajectory.index(order.argsort())
 
-    def _batches(self, prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> list[tuple[Tensor, int]]:
+    def _batches(self, requests: Requests, block_size: int) -> list[tuple[Tensor, int]]:
         """Rows and number of cache slots of each batch: as many batches as the pipeline has stages.
 
         Raises:
             ValueError: the cache cannot hold one row.
         """
-        longest = self._cache_length(prompt_len, max_new_tokens, block_size)
-        num_rows = prompt_len.numel()
-        num_slots, batches = self.max_batch_size, min(self.model.parallel.pp_size, num_rows)
+        longest = self._cache_length(requests, block_size)
+        num_slots, batches = self.max_batch_size, min(self.model.parallel.pp_size, len(requests))
         if self.max_batch_tokens is not None:
             num_slots = min(num_slots, slots_that_fit(self.max_batch_tokens, batches, longest))
-        rows = torch.arange(num_rows, device=prompt_len.device)
+        rows = torch.arange(len(requests), device=requests.prompt_ids.device)
         # Dealt, not cut: rows come sorted by length, and batches in flight together should take the same time.
         return [(rows[number::batches], num_slots) for number in range(batches)]
 
@@ -175,17 +139,17 @@ class RolloutEngine:
         self,
         sampler: Sampler,
         denoiser_type: type[MegatronDenoiser],
-        requests: tuple[Tensor, Tensor, Tensor, Tensor],
+        requests: Requests,
         num_slots: int,
         settings: RolloutSettings,
         on_progress: Callable[..., None] | None,
         memory: WorkingMemory | None,
     ) -> Flight:
         """A batch with a cache of its own, ready for its first forward."""
-        prompt_ids, prompt_len, max_new_tokens, _ = requests
-        runs_ahead = prompt_ids.is_cuda if self.runs_ahead is None else self.runs_ahead
-        num_slots = min(num_slots, prompt_len.numel())
-        cache = KVCache(num_slots, self._cache_length(prompt_len, max_new_tokens, settings.block_size))
+        is_cuda = requests.prompt_ids.is_cuda
+        runs_ahead = is_cuda if self.runs_ahead is None else self.runs_ahead
+        num_slots = min(num_slots, len(requests))
+        cache = KVCache(num_slots, self._cache_length(requests, settings.block_size))
         denoiser = denoiser_type(
             self.model,
             cache,
@@ -197,16 +161,16 @@ class RolloutEngine:
             memory=memory,
         )
         is_whole = self.model.parallel.pp_size * self.model.parallel.tp_size == 1
-        has_graphs = self.cuda_graphs and prompt_ids.is_cuda and runs_ahead and is_whole
+        has_graphs = self.cuda_graphs and is_cuda and runs_ahead and is_whole
         return Flight(
-            sampler(*requests, settings, on_progress, num_slots, runs_ahead),
+            sampler(requests, settings, on_progress, num_slots, runs_ahead),
             denoiser,
             graphs=ForwardGraphs(denoiser.answer) if has_graphs else None,
         )
 
-    def _cache_length(self, prompt_len: Tensor, max_new_tokens: Tensor, block_size: int) -> int:
+    def _cache_length(self, requests: Requests, block_size: int) -> int:
         """Tokens of a cache slot that holds any of these rows, in whole blocks."""
-        longest = -(-int((prompt_len + max_new_tokens).max()) // block_size) * block_size
+        longest = -(-int((requests.prompt_len + requests.max_new_tokens).max()) // block_size) * block_size
         return flex.bucket(longest) if self.model.attention.uses_flex else longest
 
 

@@ -10,6 +10,7 @@ from nemo_opdlm.config import ModelConfig
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.data.schedule import PromptSchedule, SampleBatch
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.diffusion.state_selection import DenoisingState, select_states
 from nemo_opdlm.diffusion.trajectory import Trajectory, given_texts
@@ -162,14 +163,13 @@ class OnPolicyDistiller:
         limits = self.method.response_limits(rollout_step, prompt_len, domains)
         if not self.config.opdlm.generates:
             return self._look_up(samples, limits)
-        arguments = (prompt_ids, prompt_len, limits, samples.sample_ids)
         parallel = self.student.parallel
-        on_device = [tensor.to(parallel.device) for tensor in arguments]
+        requests = Requests(prompt_ids, prompt_len, limits, samples.sample_ids).to(parallel.device)
         settings = self.method.rollout_settings(rollout_step)
         generate = self._generator()
 
         def respond(rows: Tensor) -> Trajectory:
-            return generate(*(x[rows] for x in on_device), settings, self.on_progress)
+            return generate(requests.index(rows), settings, self.on_progress)
 
         return respond_together(respond, limits, parallel)
 

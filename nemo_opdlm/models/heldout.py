@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, random_mask
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -39,9 +40,7 @@ class HeldoutSet:
     def build(
         teacher: Teacher,
         engine: RolloutEngine,
-        prompt_ids: torch.Tensor,
-        prompt_len: torch.Tensor,
-        response_length: int,
+        requests: Requests,
         settings: RolloutSettings,
         on_progress: Callable[[RolloutProgress], None] | None = None,
     ) -> "HeldoutSet":
@@ -50,20 +49,16 @@ class HeldoutSet:
         Args:
             teacher: gives the targets.
             engine: decodes with the teacher's network.
-            prompt_ids, prompt_len: held-out prompts ``[B, P]``.
-            response_length: tokens per answer.
+            requests: held-out prompts.
             settings: block size, mask and end tokens; its seed and step make the set reproducible.
             on_progress: told how far the answers are.
         """
         parallel = teacher.network.parallel
-        limit = torch.full_like(prompt_len, response_length)
-        numbers = torch.arange(prompt_len.shape[0], device=prompt_len.device)
 
         def respond(rows: torch.Tensor) -> Trajectory:
-            prompts = (prompt_ids[rows], prompt_len[rows], limit[rows], numbers[rows])
-            return engine.generate_autoregressive(*prompts, settings, on_progress)
+            return engine.generate_autoregressive(requests.index(rows), settings, on_progress)
 
-        trajectory = respond_together(respond, limit, parallel)
+        trajectory = respond_together(respond, requests.max_new_tokens, parallel)
         states = random_mask(trajectory, settings.mask_token_id, num_states=1, seed=settings.seed, step=settings.step)
         return HeldoutSet.of(teacher, trajectory, states)
 

@@ -17,6 +17,7 @@ from nemo_opdlm.convert.hf_folder import read_tokenizer_files
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.prompts import PromptDataset
 from nemo_opdlm.diffusion.masks import AttentionRule
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutProgress
 from nemo_opdlm.lightning.loggers import NEMO_NAMES
 from nemo_opdlm.lightning.optimizer import MegatronOptimizerHandle
@@ -135,6 +136,15 @@ class OPDLMModel(ModelPT):
         """The held-out prompts of ``use_prompts``."""
         assert self._heldout_prompts is not None, "no held-out prompts: set model.data.validation_ds.file_path"
         return self._heldout_prompts
+
+    @property
+    def heldout_requests(self) -> Requests:
+        """The held-out prompts that are answered, and how long the answers may be."""
+        validation, prompts = self.config.data.validation_ds, self.heldout_prompts
+        count = min(validation.num_samples, len(prompts))
+        prompt_ids, prompt_len = collate([prompts[i] for i in range(count)], self.method.pad_id)
+        limits = torch.full_like(prompt_len, validation.response_length)
+        return Requests(prompt_ids, prompt_len, limits, torch.arange(count)).to(self.parallel.device)
 
     @property
     def method(self) -> Method:
@@ -274,15 +284,12 @@ class OPDLMModel(ModelPT):
     def _build_heldout(self) -> HeldoutSet:
         assert self.teacher is not None
         self._tell_phase("held-out answers")
-        validation, method = self.config.data.validation_ds, self.method
-        count = min(validation.num_samples, len(self.heldout_prompts))
-        prompts = collate([self.heldout_prompts[i] for i in range(count)], method.pad_id)
+        requests = self.heldout_requests
         return HeldoutSet.build(
             self.teacher,
-            method.engine(self.teacher.network, count, HELDOUT_SAMPLING),
-            *(tensor.to(self.parallel.device) for tensor in prompts),
-            validation.response_length,
-            heldout_settings(method),
+            self.method.engine(self.teacher.network, len(requests), HELDOUT_SAMPLING),
+            requests,
+            heldout_settings(self.method),
             self._tell_progress,
         )
 

@@ -4,6 +4,7 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -41,17 +42,16 @@ def rollout_settings(
     )
 
 
-def random_prompts(num_rows: int, block_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts ``[B, Lp]``, their lengths with every remainder modulo the block size, and length limits."""
+def random_requests(num_rows: int, block_size: int, seed: int = 0) -> Requests:
+    """Prompts with lengths of every remainder modulo the block size, and length limits."""
     generator = torch.Generator().manual_seed(seed)
     prompt_len = 1 + torch.arange(num_rows) % (3 * block_size)
     prompt_ids = torch.randint(0, END_TOKEN_ID, (num_rows, int(prompt_len.max()) + 2), generator=generator)
     max_new_tokens = torch.randint(1, 4 * block_size + 2, (num_rows,), generator=generator)
-    return prompt_ids, prompt_len, max_new_tokens
+    return Requests(prompt_ids, prompt_len, max_new_tokens, torch.arange(num_rows))
 
 
 def random_trajectory(num_rows: int, block_size: int, seed: int = 0, end_bias: float = -1.0) -> Trajectory:
     """Rollouts of random prompts; some end by themselves, some at their limits."""
-    prompts = random_prompts(num_rows, block_size, seed)
     settings = rollout_settings(block_size, seed=seed)
-    return rollout(fake_denoiser(block_size, end_bias), *prompts, torch.arange(num_rows), settings)
+    return rollout(fake_denoiser(block_size, end_bias), random_requests(num_rows, block_size, seed), settings)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import StateSelection, select_states
@@ -55,13 +56,13 @@ def settings(block_size: int, step: int = 1) -> RolloutSettings:
     )
 
 
-def prompts(step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts of every remainder, length limits of every kind, sample numbers."""
+def requests(step: int, device: torch.device) -> Requests:
+    """Prompts of every remainder, length limits of every kind."""
     generator = torch.Generator().manual_seed(step)
     prompt_ids = torch.randint(4, 30, (NUM_ROWS, NUM_ROWS), generator=generator)
     limits = torch.randint(1, 33, (NUM_ROWS,), generator=generator)
-    requests = (prompt_ids, 1 + torch.arange(NUM_ROWS), limits, torch.arange(NUM_ROWS) + step * NUM_ROWS)
-    return tuple(part.to(device) for part in requests)  # type: ignore[return-value]
+    rows = torch.arange(NUM_ROWS)
+    return Requests(prompt_ids, 1 + rows, limits, rows + step * NUM_ROWS).to(device)
 
 
 def forbidden_tokens() -> Tensor:
@@ -100,7 +101,7 @@ def roll_out(network: StagedGPT, block_size: int, temperature: float, step: int 
     network.eval()
     denoiser = RecordingDenoiser(network, block_size, temperature)
     with network.attention.use_cache(denoiser.cache, network.attention.rule):
-        trajectory = rollout(denoiser, *prompts(step, network.parallel.device), settings(block_size, step))
+        trajectory = rollout(denoiser, requests(step, network.parallel.device), settings(block_size, step))
     network.train()
     return trajectory, denoiser.seen
 
@@ -116,9 +117,9 @@ def respond(network: StagedGPT, *, runs_ahead: bool, cuda_graphs: bool = False, 
         runs_ahead=runs_ahead,
         cuda_graphs=cuda_graphs,
     )
-    prompt_ids, _, _, samples = prompts(1, device)
     lengths, limits = (torch.full((NUM_ROWS,), length, device=device) for length in (4, new_tokens))
-    return engine.generate(prompt_ids, lengths, limits, samples, replace(settings(4), end_token_ids=()))
+    equal = replace(requests(1, device), prompt_len=lengths, max_new_tokens=limits)
+    return engine.generate(equal, replace(settings(4), end_token_ids=()))
 
 
 def student(parallel: ParallelContext, dtype: torch.dtype = torch.float32) -> StagedGPT:

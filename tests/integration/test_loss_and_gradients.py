@@ -17,6 +17,7 @@ from nemo_opdlm.diffusion.layout import row_layout
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -96,9 +97,8 @@ def rollouts(student: HfImport, parallel: ParallelContext) -> Trajectory:
     forbidden = torch.arange(student.architecture.vocab_size) >= tiny.NUM_TOKENS
     forbidden[tiny.PAD_TOKEN_ID] = True  # transformers gives the padding token's embedding no gradient
     limits = torch.tensor([3, 9, 12, 2, 7])
-    return RolloutEngine(network, SamplingParams(), forbidden, 5).generate(
-        prompt_ids, prompt_len, limits, torch.arange(5), settings
-    )
+    requests = Requests(prompt_ids, prompt_len, limits, torch.arange(5))
+    return RolloutEngine(network, SamplingParams(), forbidden, 5).generate(requests, settings)
 
 
 # -- the slow way --

@@ -13,6 +13,7 @@ from nemo_opdlm.convert.hugging_face import HfImport, hf_to_megatron
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.megatron.forward import MicroBatch, forward_only
 from nemo_opdlm.megatron.head import LMHead
@@ -71,13 +72,10 @@ class Pair:
             step=1,
         )
         prompt_len = torch.tensor([prompt.numel() for prompt in prompts])
-        answers = engine.generate_autoregressive(
-            pad_sequence(list(prompts), batch_first=True),
-            prompt_len,
-            torch.full_like(prompt_len, NUM_NEW_TOKENS),
-            torch.arange(len(prompts)),
-            settings,
-        )
+        limits = torch.full_like(prompt_len, NUM_NEW_TOKENS)
+        prompt_ids = pad_sequence(list(prompts), batch_first=True)
+        requests = Requests(prompt_ids, prompt_len, limits, torch.arange(len(prompts)))
+        answers = engine.generate_autoregressive(requests, settings)
         return answers.token_ids[answers.is_response].view(len(prompts), NUM_NEW_TOKENS).tolist()
 
     def reference_greedy(self, prompt: Tensor) -> list[int]:

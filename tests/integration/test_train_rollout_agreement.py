@@ -14,6 +14,7 @@ from nemo_opdlm.diffusion.layout import SupervisedIndex, two_stream_rows
 from nemo_opdlm.diffusion.masks import TokenAttributes
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import DenoisingState, StateSelection, all_states, select_states
@@ -113,14 +114,14 @@ def settings(block_size: int, strategy: RemaskingStrategy, seed: int = 3) -> Rol
     )
 
 
-def prompts(block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def requests_of_every_kind(block_size: int) -> Requests:
     """Prompts of every remainder, below one block and beyond two, and length limits of every kind."""
     num_rows = 2 * block_size + 3
     prompt_len = 1 + torch.arange(num_rows)
     generator = torch.Generator().manual_seed(block_size)
     prompt_ids = torch.randint(4, 30, (num_rows, num_rows), generator=generator)
     max_new_tokens = torch.randint(1, 4 * block_size + 2, (num_rows,), generator=generator)
-    return prompt_ids, prompt_len, max_new_tokens, torch.arange(num_rows)
+    return Requests(prompt_ids, prompt_len, max_new_tokens, torch.arange(num_rows))
 
 
 @contextmanager
@@ -138,11 +139,11 @@ def record(
     denoiser_type: type[RecordingDenoiser] = RecordingDenoiser,
 ) -> tuple[Trajectory, RecordingDenoiser]:
     """Roll out, and keep what the rollout saw."""
-    requests = prompts(block_size)
-    longest = int((requests[1] + requests[2]).max())
-    denoiser = denoiser_type(network, len(requests[1]), -(-longest // block_size) * block_size, block_size)
+    requests = requests_of_every_kind(block_size)
+    longest = int((requests.prompt_len + requests.max_new_tokens).max())
+    denoiser = denoiser_type(network, len(requests), -(-longest // block_size) * block_size, block_size)
     with evaluating(network), network.attention.use_cache(denoiser.cache, network.attention.rule):
-        return rollout(denoiser, *requests, settings(block_size, strategy)), denoiser
+        return rollout(denoiser, requests, settings(block_size, strategy)), denoiser
 
 
 def training_logits(
@@ -275,12 +276,14 @@ def test_the_engine_writes_what_the_slow_loop_without_a_cache_writes(
     fresh: StagedGPT, block_size: int, strategy: RemaskingStrategy, temperature: float
 ) -> None:
     params, decoding = SamplingParams(temperature), settings(block_size, strategy)
-    requests = prompts(block_size)
+    requests = requests_of_every_kind(block_size)
     # Fewer slots than rows: some rows follow others in theirs.
-    trajectory = RolloutEngine(fresh, params, FORBIDDEN, max_batch_size=4).generate(*requests, decoding)
+    trajectory = RolloutEngine(fresh, params, FORBIDDEN, max_batch_size=4).generate(requests, decoding)
     slow = WithoutCache(fresh, block_size, params)
-    for row, (prompt_ids, prompt_len, limit, sample) in enumerate(zip(*requests, strict=True)):
-        expected = oracle_rollout(slow, prompt_ids[:prompt_len].tolist(), int(limit), int(sample), decoding)
+    for row in range(len(requests)):
+        prompt = requests.prompt_ids[row, : requests.prompt_len[row]].tolist()
+        limit, sample = int(requests.max_new_tokens[row]), int(requests.sample_ids[row])
+        expected = oracle_rollout(slow, prompt, limit, sample, decoding)
         end = len(expected.token_ids)
         assert trajectory.row_end[row] == end
         assert trajectory.token_ids[row, :end].tolist() == expected.token_ids

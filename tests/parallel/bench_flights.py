@@ -10,6 +10,7 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.megatron import parallel, rollout
 from nemo_opdlm.megatron.flight import fly
@@ -42,8 +43,9 @@ def seconds(in_flight: int) -> tuple[float, int]:
     engine = RolloutEngine(network, SamplingParams(), torch.arange(VOCAB_SIZE) == VOCAB_SIZE - 1, ROWS)
     prompts = torch.randint(2, VOCAB_SIZE - 1, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
     lengths, limits = torch.full((ROWS,), PROMPT), torch.full((ROWS,), RESPONSE)
+    requests = Requests(prompts, lengths, limits, torch.arange(ROWS))
     start = time.perf_counter()
-    trajectory = engine.generate(prompts, lengths, limits, torch.arange(ROWS), settings)
+    trajectory = engine.generate(requests, settings)
     return time.perf_counter() - start, int(trajectory.token_ids.sum())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.testing.ranks import Ranks
 from tests.parallel import runs
@@ -21,8 +22,8 @@ def respond(archive: str, layout: Layout, mode: str) -> dict[str, Any]:
     forbidden[[40, 300, 900]] = False
     engine = RolloutEngine(run.student.model, SamplingParams(1.0), forbidden, max_batch_size=4)
     prompt_ids = torch.randint(40, 900, (ROWS, 9), generator=torch.Generator().manual_seed(0))
-    requests = (prompt_ids, torch.arange(1, ROWS + 1), torch.arange(15, 15 + ROWS), torch.arange(ROWS))
-    return getattr(engine, f"generate_{mode}")(*requests, run.method.rollout_settings(1)).state_dict()
+    requests = Requests(prompt_ids, torch.arange(1, ROWS + 1), torch.arange(15, 15 + ROWS), torch.arange(ROWS))
+    return getattr(engine, f"generate_{mode}")(requests, run.method.rollout_settings(1)).state_dict()
 
 
 @pytest.mark.parametrize("name", ["TP2+SP", "PP2"])

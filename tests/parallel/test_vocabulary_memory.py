@@ -8,6 +8,7 @@ import torch
 from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.state_selection import select_states
 from nemo_opdlm.distillation.divergence import DivergenceKind, DivergenceSpec, Tail
@@ -44,10 +45,9 @@ def shapes_of_an_update(kind: str, top_k: int, tail: str, sampling: SamplingPara
     forbidden = torch.arange(VOCAB_SIZE) == VOCAB_SIZE - 1
     prompt_len = torch.arange(1, ROWS + 1)
     prompt_ids = torch.randint(2, VOCAB_SIZE - 1, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
+    requests = Requests(prompt_ids, prompt_len, torch.full_like(prompt_len, 12), prompt_len)
     with AllocationProfile() as profile:
-        trajectory = RolloutEngine(network.model, sampling, forbidden, ROWS).generate(
-            prompt_ids, prompt_len, torch.full_like(prompt_len, 12), prompt_len, settings
-        )
+        trajectory = RolloutEngine(network.model, sampling, forbidden, ROWS).generate(requests, settings)
         states = select_states(
             "one_state_per_block", trajectory, VOCAB_SIZE - 1, num_states=1, seed=0, step=1, exclude_end_token=False
         )

@@ -10,6 +10,7 @@ import torch
 from nemo_opdlm.diffusion.canvas import Status
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.trajectory import NEVER_UNMASKED, FinishReason, Trajectory
@@ -19,7 +20,7 @@ from nemo_opdlm.testing.trajectories import (
     END_TOKEN_ID,
     MASK_TOKEN_ID,
     fake_denoiser,
-    random_prompts,
+    random_requests,
     rollout_settings,
 )
 
@@ -37,9 +38,8 @@ def run(
     late_reads: bool = False,
 ) -> tuple[Trajectory, FakeDenoiser]:
     denoiser = fake_denoiser(settings.block_size, end_bias, params)
-    prompts = random_prompts(num_rows, settings.block_size)
-    samples = torch.arange(num_rows)
-    return rollout(denoiser, *prompts, samples, settings, num_slots=num_slots, late_reads=late_reads), denoiser
+    requests = random_requests(num_rows, settings.block_size)
+    return rollout(denoiser, requests, settings, num_slots=num_slots, late_reads=late_reads), denoiser
 
 
 def assert_rows_equal(actual: Trajectory, expected: Trajectory) -> None:
@@ -56,10 +56,10 @@ def test_equals_the_slow_loop_without_a_cache(block_size: int, steps: int, strat
     # P runs over every remainder modulo b, p = 0 among them; the limits end inside blocks and at their ends.
     settings = rollout_settings(block_size, strategy, steps)
     trajectory, denoiser = run(settings)
-    prompt_ids, prompt_len, max_new_tokens = random_prompts(12, block_size)
+    requests = random_requests(12, block_size)
     for row in range(12):
-        prompt = prompt_ids[row, : prompt_len[row]].tolist()
-        expected = oracle_rollout(denoiser, prompt, int(max_new_tokens[row]), row, settings)
+        prompt = requests.prompt_ids[row, : requests.prompt_len[row]].tolist()
+        expected = oracle_rollout(denoiser, prompt, int(requests.max_new_tokens[row]), row, settings)
         end = len(expected.token_ids)
         assert trajectory.token_ids[row].tolist()[:end] == expected.token_ids
         assert trajectory.unmask_step[row].tolist()[:end] == expected.unmask_step
@@ -77,10 +77,10 @@ def test_equals_the_slow_loop_without_a_cache(block_size: int, steps: int, strat
 def test_equals_the_slow_loop_under_temperature_and_filters(params: SamplingParams) -> None:
     settings = rollout_settings(4)
     trajectory, denoiser = run(settings, params=params)
-    prompt_ids, prompt_len, max_new_tokens = random_prompts(12, 4)
+    requests = random_requests(12, 4)
     for row in range(12):
-        prompt = prompt_ids[row, : prompt_len[row]].tolist()
-        expected = oracle_rollout(denoiser, prompt, int(max_new_tokens[row]), row, settings)
+        prompt = requests.prompt_ids[row, : requests.prompt_len[row]].tolist()
+        expected = oracle_rollout(denoiser, prompt, int(requests.max_new_tokens[row]), row, settings)
         assert trajectory.token_ids[row].tolist()[: len(expected.token_ids)] == expected.token_ids
 
 
@@ -112,7 +112,8 @@ def test_any_block_size_and_number_of_steps_unmasks_by_its_strategy(block_size: 
         prompt_ids = torch.arange(3 * 2 * block_size).reshape(3, -1) % END_TOKEN_ID
         limits = torch.tensor([block_size + 1, block_size, 1])
         denoiser = fake_denoiser(block_size)
-        trajectory = rollout(denoiser, prompt_ids, prompt_len, limits, torch.arange(3), settings, num_slots=2)
+        requests = Requests(prompt_ids, prompt_len, limits, torch.arange(3))
+        trajectory = rollout(denoiser, requests, settings, num_slots=2)
         for row in range(3):
             start, end = int(prompt_len[row]), int(trajectory.row_end[row])
             assert trajectory.token_ids[row, :start].tolist() == prompt_ids[row, :start].tolist()
@@ -149,8 +150,9 @@ def assert_unmasked_by_its_strategy(trajectory: Trajectory, row: int, settings: 
 
 @pytest.mark.parametrize("token", [MASK_TOKEN_ID, END_TOKEN_ID])
 def test_prompt_tokens_in_the_first_block_are_kept_whatever_they_are(token: int) -> None:
-    prompt_ids, one = torch.full((1, 3), token), torch.tensor([1])
-    trajectory = rollout(fake_denoiser(4), prompt_ids, one * 3, one, one, rollout_settings(4))
+    one = torch.tensor([1])
+    requests = Requests(torch.full((1, 3), token), one * 3, one, one)
+    trajectory = rollout(fake_denoiser(4), requests, rollout_settings(4))
     assert trajectory.token_ids[0, :3].tolist() == [token] * 3
     assert trajectory.unmask_step.tolist() == [[0, 0, 0, 1]] and trajectory.response_len.tolist() == [1]
 
@@ -160,8 +162,7 @@ def test_mask_and_forbidden_tokens_are_never_written(strategy: RemaskingStrategy
     loud = torch.zeros(13)
     loud[[MASK_TOKEN_ID, 0, 5]] = 50.0
     denoiser = FakeDenoiser(13, 4, MASK_TOKEN_ID, forbidden=(0, 5), bias=loud)
-    prompt_ids, prompt_len, limit = random_prompts(12, 4)
-    trajectory = rollout(denoiser, prompt_ids, prompt_len, limit, torch.arange(12), rollout_settings(4, strategy, 3))
+    trajectory = rollout(denoiser, random_requests(12, 4), rollout_settings(4, strategy, 3))
     written = trajectory.token_ids[trajectory.confidence > 0]
     assert written.numel() > 50
     assert not torch.isin(written, torch.tensor([MASK_TOKEN_ID, 0, 5])).any()
@@ -220,12 +221,11 @@ def test_blocks_are_committed_once_by_the_first_forward_of_the_next_and_the_last
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_order(strategy: RemaskingStrategy) -> None:
     settings = rollout_settings(4, strategy, 3)
-    prompts, samples = random_prompts(12, 4), torch.arange(12) * 7
-    together = rollout(fake_denoiser(4), *prompts, samples, settings)
+    requests = replace(random_requests(12, 4), sample_ids=torch.arange(12) * 7)
+    together = rollout(fake_denoiser(4), requests, settings)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     for rows in (torch.tensor([5]), torch.tensor([11, 0, 3]), shuffled, torch.tensor([4, 4])):
-        ids, length, limit = (x[rows] for x in prompts)
-        part = rollout(fake_denoiser(4), ids, length, limit, samples[rows], settings)
+        part = rollout(fake_denoiser(4), requests.index(rows), settings)
         assert_rows_equal(part, together.index(rows))
 
 
@@ -247,15 +247,16 @@ def test_seed_and_step_change_the_draw() -> None:
 def test_copies_of_a_prompt_differ_by_their_sample() -> None:
     ones = torch.ones(20, dtype=torch.int64)
     denoiser = fake_denoiser(4, end_bias=-100.0)
-    trajectory = rollout(denoiser, ones[:, None], ones, 20 * ones, torch.arange(20), rollout_settings(4))
+    requests = Requests(ones[:, None], ones, 20 * ones, torch.arange(20))
+    trajectory = rollout(denoiser, requests, rollout_settings(4))
     assert len({tuple(row) for row in trajectory.token_ids.tolist()}) == 20
 
 
 @pytest.mark.parametrize("prompt_len", range(1, 10))
 def test_an_immediate_end_token_is_a_response_of_one(prompt_len: int) -> None:
     denoiser = fake_denoiser(4, end_bias=100.0)
-    prompt_ids, length, limit = torch.ones(1, 9).long(), torch.tensor([prompt_len]), torch.tensor([30])
-    trajectory = rollout(denoiser, prompt_ids, length, limit, torch.tensor([0]), rollout_settings(4, STATIC))
+    requests = Requests(torch.ones(1, 9).long(), torch.tensor([prompt_len]), torch.tensor([30]), torch.tensor([0]))
+    trajectory = rollout(denoiser, requests, rollout_settings(4, STATIC))
     assert trajectory.response_len.tolist() == [1]
     assert trajectory.finish_reason.tolist() == [FinishReason.END_OF_TURN]
     assert trajectory.token_ids[trajectory.is_response].tolist() == [END_TOKEN_ID]
@@ -267,8 +268,8 @@ def test_an_immediate_end_token_is_a_response_of_one(prompt_len: int) -> None:
 @pytest.mark.parametrize(("prompt_len", "limit"), itertools.product((1, 4, 6), (1, 2, 3, 5, 8)))
 def test_the_limit_cuts_inside_a_block_without_an_end_token(prompt_len: int, limit: int) -> None:
     denoiser = fake_denoiser(4, end_bias=-100.0)
-    prompt_ids, length = torch.ones(1, 6).long(), torch.tensor([prompt_len])
-    trajectory = rollout(denoiser, prompt_ids, length, torch.tensor([limit]), torch.tensor([0]), rollout_settings(4))
+    requests = Requests(torch.ones(1, 6).long(), torch.tensor([prompt_len]), torch.tensor([limit]), torch.tensor([0]))
+    trajectory = rollout(denoiser, requests, rollout_settings(4))
     assert trajectory.response_len.tolist() == [limit]
     assert trajectory.finish_reason.tolist() == [FinishReason.LENGTH]
     assert trajectory.token_ids.shape[1] == -(-(prompt_len + limit) // 4) * 4
@@ -304,44 +305,34 @@ class ScriptedDenoiser(FakeDenoiser):
 def test_the_first_end_token_of_the_response_cuts_it_and_the_final_block_is_kept_whole(
     script: list[int], limit: int, response_len: int, reason: FinishReason
 ) -> None:
-    prompt = torch.tensor([script[:2]])
-    trajectory = rollout(
-        ScriptedDenoiser(script),
-        prompt,
-        torch.tensor([2]),
-        torch.tensor([limit]),
-        torch.tensor([0]),
-        rollout_settings(4, STATIC),
-    )
+    requests = Requests(torch.tensor([script[:2]]), torch.tensor([2]), torch.tensor([limit]), torch.tensor([0]))
+    trajectory = rollout(ScriptedDenoiser(script), requests, rollout_settings(4, STATIC))
     assert trajectory.response_len.tolist() == [response_len] and trajectory.finish_reason.tolist() == [reason]
     end = int(trajectory.row_end[0])
     assert trajectory.token_ids[0].tolist() == script[:end]
 
 
 def test_any_of_several_end_tokens_ends_and_none_is_needed() -> None:
-    prompts = random_prompts(12, 4)
-    samples = torch.arange(12)
+    requests = random_requests(12, 4)
     several = replace(rollout_settings(4), end_token_ids=(END_TOKEN_ID, 3))
-    trajectory = rollout(fake_denoiser(4), *prompts, samples, several)
+    trajectory = rollout(fake_denoiser(4), requests, several)
     ends = trajectory.token_ids[trajectory.is_end_token]
     assert set(ends.tolist()) == {END_TOKEN_ID, 3}
     assert torch.isin(trajectory.token_ids[trajectory.is_response], torch.tensor([END_TOKEN_ID, 3])).sum() == len(ends)
-    none = rollout(fake_denoiser(4), *prompts, samples, replace(several, end_token_ids=()))
-    assert (none.finish_reason == FinishReason.LENGTH).all() and torch.equal(none.response_len, prompts[2])
+    none = rollout(fake_denoiser(4), requests, replace(several, end_token_ids=()))
+    assert (none.finish_reason == FinishReason.LENGTH).all() and torch.equal(none.response_len, requests.max_new_tokens)
 
 
 def test_a_network_with_broken_logits_finishes_and_its_record_shows_it() -> None:
     denoiser = fake_denoiser(4)
     denoiser.bias = torch.full((13,), torch.nan)
-    prompts = random_prompts(4, 4)
-    trajectory = rollout(denoiser, *prompts, torch.arange(4), rollout_settings(4))
+    trajectory = rollout(denoiser, random_requests(4, 4), rollout_settings(4))
     assert trajectory.confidence[trajectory.is_response].isnan().all()
 
 
 def test_progress_is_reported_before_each_forward_and_at_the_end() -> None:
     reports: list[RolloutProgress] = []
-    prompts = random_prompts(6, 4)
-    trajectory = rollout(fake_denoiser(4), *prompts, torch.arange(6), rollout_settings(4), reports.append)
+    trajectory = rollout(fake_denoiser(4), random_requests(6, 4), rollout_settings(4), reports.append)
     num_forwards = int(trajectory.num_forwards.max())
     assert [report["num_forwards"] for report in reports] == list(range(num_forwards + 1))
     active = [int((trajectory.num_forwards > forward).sum()) for forward in range(num_forwards + 1)]
@@ -353,15 +344,6 @@ def test_progress_is_reported_before_each_forward_and_at_the_end() -> None:
     assert tokens[0] == 0 and tokens == sorted(tokens)
     assert tokens[-1] == int(trajectory.response_len.sum())
     assert all(type(value) is int for report in reports for value in report.values())
-
-
-@pytest.mark.parametrize(("prompt_len", "limit"), [([3, 0], [1, 1]), ([3, 6], [1, 1]), ([3, 3], [1, 0]), ([], [])])
-def test_lengths_that_cannot_be_rolled_out_are_refused(prompt_len: list[int], limit: list[int]) -> None:
-    rows = torch.arange(len(prompt_len))
-    prompts = torch.ones(len(rows), 5).long()
-    length, longest = torch.tensor(prompt_len).long(), torch.tensor(limit).long()
-    with pytest.raises(ValueError, match="prompt_len="):
-        rollout(fake_denoiser(4), prompts, length, longest, rows, rollout_settings(4))
 
 
 def test_settings_that_contradict_themselves_are_refused() -> None:
@@ -417,7 +399,7 @@ def test_the_host_takes_the_answer_of_the_last_forward_but_one(monkeypatch: pyte
         read = Status.read
         with monkeypatch.context() as patch:
             patch.setattr(Status, "read", lambda status: heard.append(len(denoiser.forwards)) or read(status))  # noqa: B023
-            rollout(denoiser, *random_prompts(6, 4), torch.arange(6), rollout_settings(4), late_reads=late_reads)
+            rollout(denoiser, random_requests(6, 4), rollout_settings(4), late_reads=late_reads)
         assert heard == list(range(first_heard, len(denoiser.forwards) + 1))
 
 
@@ -425,6 +407,6 @@ def test_a_new_row_opens_with_its_own_prompt_where_an_old_one_stood() -> None:
     """Prompts are prefilled when their row gets its slot, and only if they are longer than a block."""
     settings = rollout_settings(4)
     _, denoiser = run(settings, num_slots=2)
-    prompt_len = random_prompts(12, 4)[1]
+    prompt_len = random_requests(12, 4).prompt_len
     num_prefilled = sum(len(call.rows) for call in denoiser.prefills)
     assert num_prefilled == int((prompt_len >= 8).sum()) and len(denoiser.prefills) > 1

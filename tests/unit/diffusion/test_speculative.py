@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout, run
 from nemo_opdlm.diffusion.settings import RolloutProgress, RolloutSettings
 from nemo_opdlm.diffusion.speculative import speculate
@@ -17,13 +18,12 @@ from nemo_opdlm.testing.trajectories import (
     MASK_TOKEN_ID,
     VOCAB_SIZE,
     fake_denoiser,
-    random_prompts,
+    random_requests,
     rollout_settings,
 )
 
 GREEDY = SamplingParams(0.0)
 SAMPLING = [GREEDY, SamplingParams(1.0), SamplingParams(0.7, 3), SamplingParams(1.3, 0, 0.8)]
-Prompts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def drafter(skill: float = 0.5, params: SamplingParams = GREEDY, end_bias: float = -1.0) -> FakeDrafter:
@@ -32,22 +32,20 @@ def drafter(skill: float = 0.5, params: SamplingParams = GREEDY, end_bias: float
     return FakeDrafter(VOCAB_SIZE, 1, MASK_TOKEN_ID, params, bias=bias, skill=skill)
 
 
-def causal(params: SamplingParams, prompts: Prompts, settings: RolloutSettings) -> Trajectory:
+def causal(params: SamplingParams, requests: Requests, settings: RolloutSettings) -> Trajectory:
     """The same network token by token, through the sampler of block diffusion in blocks of one."""
     one_by_one = replace(settings, block_size=1, denoising_steps=1)
-    samples = torch.arange(len(prompts[1]))
-    return rollout(fake_denoiser(1, params=params), *prompts, samples, one_by_one).with_block_size(settings.block_size)
+    return rollout(fake_denoiser(1, params=params), requests, one_by_one).with_block_size(settings.block_size)
 
 
 def speculated(
     network: FakeDrafter,
-    prompts: Prompts,
+    requests: Requests,
     settings: RolloutSettings,
     num_slots: int | None = None,
     late_reads: bool = False,
 ) -> Trajectory:
-    samples = torch.arange(len(prompts[1]))
-    return run(network, speculate(*prompts, samples, settings, num_slots=num_slots, late_reads=late_reads))
+    return run(network, speculate(requests, settings, num_slots=num_slots, late_reads=late_reads))
 
 
 def assert_same_text(found: Trajectory, expected: Trajectory) -> None:
@@ -62,18 +60,19 @@ def assert_same_text(found: Trajectory, expected: Trajectory) -> None:
 )
 def test_the_text_is_that_of_causal_decoding(block_size: int, skill: float, params: SamplingParams) -> None:
     # P runs over every remainder modulo b, P = 1 among them; responses end by themselves, at limits, inside drafts.
-    prompts, settings = random_prompts(24, block_size), rollout_settings(block_size)
-    expected = causal(params, prompts, settings)
-    assert_same_text(speculated(drafter(skill, params), prompts, settings), expected)
+    requests, settings = random_requests(24, block_size), rollout_settings(block_size)
+    expected = causal(params, requests, settings)
+    assert_same_text(speculated(drafter(skill, params), requests, settings), expected)
     assert set(expected.finish_reason.tolist()) == {FinishReason.END_OF_TURN, FinishReason.LENGTH}
 
 
 @pytest.mark.parametrize(("block_size", "skill"), [(2, 0.5), (3, 0.8), (4, 0.7), (8, 0.9)])
 def test_forwards_are_those_of_the_slow_loop(block_size: int, skill: float) -> None:
-    prompts, network = random_prompts(24, block_size), drafter(skill)
-    trajectory = speculated(network, prompts, rollout_settings(block_size))
+    requests, network = random_requests(24, block_size), drafter(skill)
+    trajectory = speculated(network, requests, rollout_settings(block_size))
     for row in range(24):
-        start, length, limit = (int(x[row]) for x in (trajectory.prompt_len, trajectory.response_len, prompts[2]))
+        start, length = int(trajectory.prompt_len[row]), int(trajectory.response_len[row])
+        limit = int(requests.max_new_tokens[row])
         text = trajectory.token_ids[row].tolist()
         num_written = num_drafts = 0
         expected = []
@@ -91,8 +90,8 @@ def test_forwards_are_those_of_the_slow_loop(block_size: int, skill: float) -> N
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_right_drafts_give_a_block_per_forward_and_wrong_ones_cost_none(block_size: int) -> None:
-    prompts, settings = random_prompts(24, block_size), rollout_settings(block_size)
-    best, worst, between = (speculated(drafter(skill), prompts, settings) for skill in (1.0, 0.0, 0.5))
+    requests, settings = random_requests(24, block_size), rollout_settings(block_size)
+    best, worst, between = (speculated(drafter(skill), requests, settings) for skill in (1.0, 0.0, 0.5))
     assert torch.equal(best.num_forwards, 1 + -(-(best.response_len - 1) // block_size))
     assert torch.equal(worst.num_forwards, worst.response_len)
     assert (between.num_forwards <= worst.num_forwards).all() and (between.num_forwards >= best.num_forwards).all()
@@ -102,7 +101,7 @@ def test_right_drafts_give_a_block_per_forward_and_wrong_ones_cost_none(block_si
 
 def test_every_forward_writes_the_tokens_after_those_of_the_last() -> None:
     network, settings = drafter(0.7), rollout_settings(4)
-    trajectory = speculated(network, random_prompts(24, 4), settings)
+    trajectory = speculated(network, random_requests(24, 4), settings)
     for row in range(24):
         start, length = int(trajectory.prompt_len[row]), int(trajectory.response_len[row])
         when = trajectory.unmask_step[row].tolist()
@@ -113,10 +112,10 @@ def test_every_forward_writes_the_tokens_after_those_of_the_last() -> None:
 
 
 def test_drafts_end_where_the_limit_makes_them_useless() -> None:
-    prompts = random_prompts(12, 4)
+    requests = random_requests(12, 4)
     network = drafter(1.0, end_bias=-100.0)
-    speculated(network, prompts, rollout_settings(4))
-    limit_end = (prompts[1] + prompts[2])[:, None]
+    speculated(network, requests, rollout_settings(4))
+    limit_end = (requests.prompt_len + requests.max_new_tokens)[:, None]
     for call in network.forwards:
         beyond = call.position_ids >= limit_end[call.rows] - 1
         assert not (call.valid & beyond).any(), "the last token is proposed by the one before it"
@@ -124,10 +123,10 @@ def test_drafts_end_where_the_limit_makes_them_useless() -> None:
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5, 40])
 def test_rows_that_wait_for_a_slot_are_written_as_if_all_had_one(num_slots: int) -> None:
-    prompts, settings = random_prompts(24, 4), rollout_settings(4)
-    expected = speculated(drafter(params=SamplingParams()), prompts, settings)
+    requests, settings = random_requests(24, 4), rollout_settings(4)
+    expected = speculated(drafter(params=SamplingParams()), requests, settings)
     network = drafter(params=SamplingParams())
-    found = speculated(network, prompts, settings, num_slots)
+    found = speculated(network, requests, settings, num_slots)
     assert_same_text(found, expected)
     assert torch.equal(found.num_forwards, expected.num_forwards) and torch.equal(
         found.unmask_step, expected.unmask_step
@@ -137,20 +136,20 @@ def test_rows_that_wait_for_a_slot_are_written_as_if_all_had_one(num_slots: int)
 
 @pytest.mark.parametrize("num_slots", [1, 5, 40])
 def test_a_host_that_hears_late_writes_the_same(num_slots: int) -> None:
-    network, settings, prompts = drafter(), rollout_settings(4), random_prompts(24, 4)
-    expected = speculated(drafter(), prompts, settings)
-    found = speculated(network, prompts, settings, num_slots, late_reads=True)
+    network, settings, requests = drafter(), rollout_settings(4), random_requests(24, 4)
+    expected = speculated(drafter(), requests, settings)
+    found = speculated(network, requests, settings, num_slots, late_reads=True)
     for name in ("token_ids", "unmask_step", "confidence", "response_len", "finish_reason", "num_forwards"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert {call.token_ids.shape[1] for call in network.forwards} == {8}
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_order() -> None:
-    settings, prompts, samples = rollout_settings(4), random_prompts(12, 4), torch.arange(12) * 7
+    settings, requests = rollout_settings(4), replace(random_requests(12, 4), sample_ids=torch.arange(12) * 7)
     params = SamplingParams()
-    together = run(drafter(params=params), speculate(*prompts, samples, settings))
+    together = run(drafter(params=params), speculate(requests, settings))
     for rows in (torch.tensor([5]), torch.tensor([11, 0, 3]), torch.tensor([4, 4])):
-        part = run(drafter(params=params), speculate(*(x[rows] for x in prompts), samples[rows], settings))
+        part = run(drafter(params=params), speculate(requests.index(rows), settings))
         width = part.token_ids.shape[1]
         assert torch.equal(part.token_ids, together.token_ids[rows, :width])
         assert torch.equal(part.num_forwards, together.num_forwards[rows])
@@ -158,8 +157,8 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_order() -> None:
 
 @pytest.mark.parametrize("prompt_len", range(1, 10))
 def test_an_immediate_end_token_is_a_response_of_one(prompt_len: int) -> None:
-    prompts = torch.ones(1, 9).long(), torch.tensor([prompt_len]), torch.tensor([30])
-    trajectory = speculated(drafter(1.0, end_bias=100.0), prompts, rollout_settings(4))
+    requests = Requests(torch.ones(1, 9).long(), torch.tensor([prompt_len]), torch.tensor([30]), torch.tensor([0]))
+    trajectory = speculated(drafter(1.0, end_bias=100.0), requests, rollout_settings(4))
     assert trajectory.response_len.tolist() == trajectory.num_forwards.tolist() == [1]
     assert trajectory.finish_reason.tolist() == [FinishReason.END_OF_TURN]
 
@@ -179,8 +178,9 @@ class ScriptedDrafter(FakeDrafter):
 def test_the_first_end_token_cuts_the_response_wherever_it_stands_in_a_draft(place: int, limit: int) -> None:
     script = [1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6]
     script[2 + place] = script[3 + place] = END_TOKEN_ID
-    prompts = torch.tensor([[END_TOKEN_ID, 1]]), torch.tensor([2]), torch.tensor([limit])
-    trajectory = speculated(ScriptedDrafter(script), prompts, rollout_settings(4))
+    prompt_ids = torch.tensor([[END_TOKEN_ID, 1]])
+    requests = Requests(prompt_ids, torch.tensor([2]), torch.tensor([limit]), torch.tensor([0]))
+    trajectory = speculated(ScriptedDrafter(script), requests, rollout_settings(4))
     length = min(place + 1, limit)
     assert trajectory.response_len.tolist() == [length]
     assert trajectory.num_forwards.tolist() == [1 + -(-(length - 1) // 4)]
@@ -192,31 +192,25 @@ def test_the_first_end_token_cuts_the_response_wherever_it_stands_in_a_draft(pla
 
 @pytest.mark.parametrize("token", [MASK_TOKEN_ID, END_TOKEN_ID])
 def test_the_token_that_a_response_starts_from_may_be_any(token: int) -> None:
-    prompts, settings = (torch.tensor([[token]]), torch.tensor([1]), torch.tensor([9])), rollout_settings(4)
-    trajectory = speculated(drafter(1.0, end_bias=-100.0), prompts, settings)
+    requests = Requests(torch.tensor([[token]]), torch.tensor([1]), torch.tensor([9]), torch.tensor([0]))
+    trajectory = speculated(drafter(1.0, end_bias=-100.0), requests, rollout_settings(4))
     assert trajectory.token_ids[0, 0] == token
     assert trajectory.response_len.tolist() == [9] and trajectory.num_forwards.tolist() == [3]
 
 
 def test_a_network_with_broken_logits_finishes_and_its_record_shows_it() -> None:
-    network, prompts, settings = drafter(), random_prompts(4, 4), rollout_settings(4)
+    network, requests, settings = drafter(), random_requests(4, 4), rollout_settings(4)
     network.bias = torch.full((VOCAB_SIZE,), torch.nan)
-    trajectory = speculated(network, prompts, settings)
-    assert torch.equal(trajectory.response_len, prompts[2])
+    trajectory = speculated(network, requests, settings)
+    assert torch.equal(trajectory.response_len, requests.max_new_tokens)
     assert trajectory.confidence[trajectory.is_response].isnan().all()
 
 
 def test_progress_counts_forwards_open_rows_and_written_tokens() -> None:
     reports: list[RolloutProgress] = []
-    prompts, network = random_prompts(6, 4), drafter(1.0)
-    trajectory = run(network, speculate(*prompts, torch.arange(6), rollout_settings(4), reports.append, 2))
+    requests, network = random_requests(6, 4), drafter(1.0)
+    trajectory = run(network, speculate(requests, rollout_settings(4), reports.append, 2))
     assert [report["num_forwards"] for report in reports] == list(range(len(network.forwards) + 1))
     assert (reports[0]["num_active"], reports[-1]["num_active"]) == (6, 0)
     tokens = [report["num_tokens"] for report in reports]
     assert tokens[0] == 0 and tokens == sorted(tokens) and tokens[-1] == int(trajectory.response_len.sum())
-
-
-def test_lengths_that_cannot_be_rolled_out_are_refused() -> None:
-    ones = torch.ones(1, 5).long()
-    with pytest.raises(ValueError, match="prompt_len="):
-        speculated(drafter(), (ones, torch.tensor([0]), torch.tensor([1])), rollout_settings(4))

@@ -22,7 +22,7 @@ from nemo_opdlm.testing.oracles import oracle_masked_sets
 from nemo_opdlm.testing.trajectories import (
     MASK_TOKEN_ID,
     fake_denoiser,
-    random_prompts,
+    random_requests,
     random_trajectory,
     rollout_settings,
 )
@@ -85,8 +85,7 @@ def test_revealed_tokens_are_those_of_the_forward_that_saw_the_state(
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_selected_states_were_seen_by_the_network(block_size: int) -> None:
     denoiser = fake_denoiser(block_size)
-    prompts = random_prompts(12, block_size)
-    trajectory = rollout(denoiser, *prompts, torch.arange(12), rollout_settings(block_size))
+    trajectory = rollout(denoiser, random_requests(12, block_size), rollout_settings(block_size))
     states = one_state_per_block(trajectory, MASK_TOKEN_ID, num_states=4, seed=0, step=1)
     for row in range(12):
         visited = set(denoiser.visited_states(row))

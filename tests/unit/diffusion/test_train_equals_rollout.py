@@ -14,7 +14,7 @@ from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams, propose
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.state_selection import DenoisingState, all_states, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
-from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, VOCAB_SIZE, random_prompts, rollout_settings
+from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, VOCAB_SIZE, random_requests, rollout_settings
 from nemo_opdlm.vocab import LocalVocab
 
 BLOCK_SIZES = [1, 2, 3, 4]
@@ -97,8 +97,7 @@ def roll_out(block_size: int, num_rows: int = 10) -> tuple[TinyNetwork, CachedDe
     network = TinyNetwork()
     denoiser = CachedDenoiser(network, num_rows, block_size)
     settings = rollout_settings(block_size, threshold=0.2)
-    prompts = random_prompts(num_rows, block_size)
-    return network, denoiser, rollout(denoiser, *prompts, torch.arange(num_rows), settings)
+    return network, denoiser, rollout(denoiser, random_requests(num_rows, block_size), settings)
 
 
 def logits_at_states(

@@ -1,7 +1,6 @@
 """Closed forms of what passes through a network, against counting one by one."""
 
 import pytest
-import torch
 
 from nemo_opdlm.diffusion.layout import two_stream_rows
 from nemo_opdlm.diffusion.masks import PADDING_DOCUMENT, AttentionRule, dense
@@ -11,14 +10,14 @@ from nemo_opdlm.diffusion.state_selection import all_states, one_state_per_block
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.diffusion.work import Work, rollout_work, training_work
 from nemo_opdlm.testing.fake_denoiser import FakeDenoiser, queries
-from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, fake_denoiser, random_prompts, rollout_settings
+from nemo_opdlm.testing.trajectories import MASK_TOKEN_ID, fake_denoiser, random_requests, rollout_settings
 
 
 def rolled_out(block_size: int, num_rows: int = 12, late_reads: bool = False) -> tuple[Trajectory, FakeDenoiser]:
     denoiser = fake_denoiser(block_size, -1.0)
     settings = rollout_settings(block_size, RemaskingStrategy.LOW_CONFIDENCE_DYNAMIC, block_size)
-    samples = torch.arange(num_rows)
-    return rollout(denoiser, *random_prompts(num_rows, block_size), samples, settings, late_reads=late_reads), denoiser
+    requests = random_requests(num_rows, block_size)
+    return rollout(denoiser, requests, settings, late_reads=late_reads), denoiser
 
 
 def totals(work: Work) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.proposal import Proposal, SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.sampler import rollout
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
@@ -70,11 +71,10 @@ def network() -> StagedGPT:
 def respond(network: StagedGPT, capture: Capture | None = None) -> Trajectory:
     denoiser = GraphedDenoiser(network, capture)
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
-    lengths, limits = 1 + torch.arange(ROWS), 5 + 2 * torch.arange(ROWS)
+    rows = torch.arange(ROWS)
+    requests = Requests(prompt_ids, 1 + rows, 5 + 2 * rows, rows)
     with network.attention.use_cache(denoiser.cache, network.attention.rule):
-        return rollout(
-            denoiser, prompt_ids, lengths, limits, torch.arange(ROWS), SETTINGS, num_slots=4, late_reads=True
-        )
+        return rollout(denoiser, requests, SETTINGS, num_slots=4, late_reads=True)
 
 
 def assert_same(found: Trajectory, expected: Trajectory) -> None:

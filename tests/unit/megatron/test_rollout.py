@@ -8,6 +8,7 @@ import torch
 
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron import rollout
@@ -43,7 +44,7 @@ def respond(
     prompt_len = torch.arange(1, ROWS + 1)
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     limits = torch.arange(11, 11 + ROWS)
-    return engine.generate(prompt_ids, prompt_len, limits, torch.arange(ROWS), SETTINGS)
+    return engine.generate(Requests(prompt_ids, prompt_len, limits, torch.arange(ROWS)), SETTINGS)
 
 
 @pytest.mark.parametrize(("max_batch_size", "max_batch_tokens"), [(1, None), (2, None), (5, None), (9, 3 * 28 + 5)])

@@ -7,6 +7,7 @@ from nemo_opdlm.diffusion.denoiser import Query
 from nemo_opdlm.diffusion.masks import AttentionRule, TokenAttributes
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
+from nemo_opdlm.diffusion.requests import Requests
 from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.attention import KVCache
@@ -44,9 +45,9 @@ def respond(
     engine = RolloutEngine(network, SamplingParams(temperature), forbidden, num_slots, runs_ahead=runs_ahead)
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     prompt_ids[3::2, 1::2] = tiny.MASK_TOKEN_ID  # in a prompt a token like any other, also the last
-    requests = (prompt_ids, torch.arange(1, ROWS + 1), torch.arange(11, 11 + ROWS), torch.arange(ROWS))
+    requests = Requests(prompt_ids, torch.arange(1, ROWS + 1), torch.arange(11, 11 + ROWS), torch.arange(ROWS))
     decode = {"autoregressive": engine.generate_autoregressive, "speculative": engine.generate_speculative}[mode]
-    return decode(*requests, settings)
+    return decode(requests, settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
