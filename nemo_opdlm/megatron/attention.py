@@ -185,14 +185,13 @@ class AttentionContext:
             self.rule, self._planned = previous, None
 
     @contextlib.contextmanager
-    def use_cache(self, cache: KVCache, rule: AttentionRule) -> Iterator[None]:
-        """Let the model attend to ``cache`` under ``rule`` while the context lasts."""
-        self.cache = cache
+    def use_cache(self, cache: KVCache) -> Iterator[None]:
+        """Let the model attend to ``cache`` while the context lasts."""
+        self.cache, self._planned = cache, None
         try:
-            with self.use_rule(rule):
-                yield
+            yield
         finally:
-            self.cache = None
+            self.cache = self._planned = None
 
     def plan(self, stacked: Tensor) -> AttentionPlan:
         """The plan of this batch, built by its first layer and reused by the others.

@@ -124,13 +124,13 @@ class _Pipeline:
         forward, attention = flight.forward, self.model.attention
         assert forward is not None
         if flight.graphs is not None and forward.uniform is not None:
-            with attention.use_cache(flight.denoiser.cache, attention.rule):
+            with attention.use_cache(flight.denoiser.cache):
                 flight.proposal = flight.graphs(forward)
             return
         is_first = self.parallel.is_first_stage and number == 0
         is_last = self.parallel.is_last_stage and number == len(self.model) - 1
         hidden = None if is_first else self._receive(forward)
-        with attention.use_cache(flight.denoiser.cache, attention.rule):
+        with attention.use_cache(flight.denoiser.cache):
             hidden = flight.denoiser.run_chunk(number, forward, hidden)
         if not is_last:
             self._send(flight, hidden)

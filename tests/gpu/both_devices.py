@@ -100,7 +100,7 @@ def roll_out(network: StagedGPT, block_size: int, temperature: float, step: int 
     """Decode with the cache; the record and what it rests on."""
     network.eval()
     denoiser = RecordingDenoiser(network, block_size, temperature)
-    with network.attention.use_cache(denoiser.cache, network.attention.rule):
+    with network.attention.use_cache(denoiser.cache):
         trajectory = rollout(denoiser, requests(step, network.parallel.device), settings(block_size, step))
     network.train()
     return trajectory, denoiser.seen

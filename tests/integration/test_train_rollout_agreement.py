@@ -142,7 +142,7 @@ def record(
     requests = requests_of_every_kind(block_size)
     longest = int((requests.prompt_len + requests.max_new_tokens).max())
     denoiser = denoiser_type(network, len(requests), -(-longest // block_size) * block_size, block_size)
-    with evaluating(network), network.attention.use_cache(denoiser.cache, network.attention.rule):
+    with evaluating(network), network.attention.use_cache(denoiser.cache):
         return rollout(denoiser, requests, settings(block_size, strategy)), denoiser
 
 

@@ -84,7 +84,7 @@ def test_a_text_in_pieces_against_the_cache_is_the_text_as_a_whole(
     whole = attention(*inputs, clean(position_ids, document_ids).stack())
     # Slot 2 of three, so that rows are looked up by slot.
     cache = KVCache(3, length + 5)
-    with attention.context.use_cache(cache, rule):
+    with attention.context.use_cache(cache):
         for start in range(0, length, piece):
             now, column = slice(start, start + piece), torch.arange(piece)
             query = clean(position_ids[:, now], document_ids[:, now])
@@ -118,16 +118,19 @@ def test_layers_share_one_plan_per_batch_and_never_an_older_one() -> None:
     assert torch.equal(context.plan(stacked).cos[0, 0, 0], (1 * INV_FREQ).cos().repeat(2))
 
 
-def test_a_plan_made_under_another_rule_is_not_used() -> None:
+def test_a_plan_made_under_another_rule_or_without_the_cache_is_not_used() -> None:
     context = AttentionContext(AttentionRule.CAUSAL, INV_FREQ)
     stacked = clean(torch.arange(6)[None], torch.zeros(1, 6, dtype=torch.int64)).stack()
     causal = context.plan(stacked).mask
     cache, column = KVCache(1, 8), torch.arange(1)
-    with context.use_cache(cache, AttentionRule.BLOCK_DIFFUSION):
-        cache.query = CachedQuery(
-            column, column, column, column, column[None] + 3, num_keys=6, joined_heads=2, is_full=True
-        )
-        assert context.plan(stacked).mask.tolist() == [[2 * [4 * [True] + 2 * [False]]]]
+    with context.use_rule(AttentionRule.BLOCK_DIFFUSION):
+        whole = context.plan(stacked).mask
+        with context.use_cache(cache):
+            cache.query = CachedQuery(
+                column, column, column, column, column[None] + 3, num_keys=6, joined_heads=2, is_full=True
+            )
+            assert context.plan(stacked).mask.tolist() == [[2 * [4 * [True] + 2 * [False]]]]
+        assert torch.equal(context.plan(stacked).mask, whole)
     assert torch.equal(context.plan(stacked).mask, causal)
     context.rule = AttentionRule.BLOCK_DIFFUSION
     assert not torch.equal(context.plan(stacked).mask, causal)

@@ -73,7 +73,7 @@ def respond(network: StagedGPT, capture: Capture | None = None) -> Trajectory:
     prompt_ids = torch.randint(4, 30, (ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     rows = torch.arange(ROWS)
     requests = Requests(prompt_ids, 1 + rows, 5 + 2 * rows, rows)
-    with network.attention.use_cache(denoiser.cache, network.attention.rule):
+    with network.attention.use_cache(denoiser.cache):
         return rollout(denoiser, requests, SETTINGS, num_slots=4, late_reads=True)
 
 

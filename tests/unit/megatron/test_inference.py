@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nemo_opdlm.diffusion.denoiser import Query
-from nemo_opdlm.diffusion.masks import AttentionRule
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.megatron.attention import KVCache
 from nemo_opdlm.megatron.denoiser import MegatronDenoiser
@@ -58,7 +57,7 @@ def hidden_states(network: StagedGPT, is_lean: bool) -> list[torch.Tensor]:
         Query(slots, tokens, positions + torch.tensor([[4], [0]]), partly, 12, torch.rand(2, 4)),
     ]
     with (
-        network.attention.use_cache(cache, AttentionRule.BLOCK_DIFFUSION),
+        network.attention.use_cache(cache),
         autocast(network.options.autocast_dtype, torch.device("cpu")),
     ):
         found = [denoiser.forward(denoiser.prepare(query)) for query in queries]

@@ -96,7 +96,7 @@ def test_masks_see_the_text_the_drafts_and_each_other_and_the_text_sees_no_mask(
         24,
         torch.rand(2, 7),
     )
-    with network.attention.use_cache(cache, AttentionRule.CAUSAL):
+    with network.attention.use_rule(AttentionRule.CAUSAL), network.attention.use_cache(cache):
         for row, text in enumerate(texts):
             # What a draft that was not accepted has left behind must not be seen.
             stale = torch.cat([text, torch.full((24 - len(text),), 33)])[None]
