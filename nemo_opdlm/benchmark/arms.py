@@ -152,7 +152,7 @@ class _ForwardCounts:
             self._tokens = self._tokens + is_token.sum()
             return forward
 
-        MegatronDenoiser._pack = counting  # type: ignore[method-assign]
+        MegatronDenoiser._pack = counting  # type: ignore[assignment,method-assign]
 
     def __exit__(self, *_: object) -> None:
         MegatronDenoiser._pack = self._pack  # type: ignore[method-assign]

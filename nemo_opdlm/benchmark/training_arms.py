@@ -108,8 +108,8 @@ class Arms:
         options = ModelOptions(initialize=False, transformer_config=_FULL_RECOMPUTE)
         student = build_model(arch, parallel, AttentionRule.BLOCK_DIFFUSION, options)
         teacher = Teacher(arch, parallel, ModelOptions(initialize=False), 1, pack_to_tokens)
-        for network in (student, teacher.network):
-            network[0].load_state_dict(weights, strict=False)
+        for model in (student, teacher.network):
+            model[0].load_state_dict(weights, strict=False)
         network = wrap(student, _ADAM)
         ours = OurUpdate(network, StudentOptimizer(network, _ADAM), teacher, pack_to_tokens)
         return Arms(arch, ours, ReferenceUpdate.of(_first_layers(subject.reference, num_layers)))

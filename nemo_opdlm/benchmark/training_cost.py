@@ -48,7 +48,8 @@ def _counted(run: Callable[[TrainingBatch], object], batch: TrainingBatch) -> fl
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Most memory of a call beside what is there before it; for an update's passes: beside weights, gradients and optimizer."""
-    with AllocationProfile() as memory:
+    memory = AllocationProfile()
+    with memory:
         run()
     return memory.peak_bytes
 
@@ -91,7 +92,7 @@ class HeadLoss:
         rows = torch.arange(len(self.hidden), device=self.hidden.device)
         weights = torch.ones(len(self.hidden), device=self.hidden.device)
         losses = token_losses(self.head, self.hidden, lambda a, b: self.targets.at(rows[a:b]), SPEC, weights)
-        losses.loss_sum.backward()  # type: ignore[no-untyped-call]
+        losses.loss_sum.backward()
 
     def peak_bytes(self) -> int:
         """Most memory of a first run beside the gradients, which are no working memory."""

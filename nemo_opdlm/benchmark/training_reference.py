@@ -82,7 +82,7 @@ class ReferenceUpdate:
         divergence = (targets.exp() * (targets - log_probs)).sum(-1)
         loss = divergence.mean() / num_rows
         with self._timed():
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return loss.detach()
 
     @torch.no_grad()

@@ -111,7 +111,8 @@ class Subject:
         _copy_vocabulary(generator.network, reference)
         forbidden = generator.tokens.forbidden.clone()
         forbidden[list(generator.tokens.end_token_ids)] = True
-        return Subject(generator, reference.to(device).eval(), forbidden.to(device), SamplingParams(temperature=1.0))
+        reference.to(device).eval()  # type: ignore[arg-type]  # transformers wraps torch's `to` without its self
+        return Subject(generator, reference, forbidden.to(device), SamplingParams(temperature=1.0))
 
     @property
     def device(self) -> torch.device:
@@ -135,5 +136,7 @@ def _copy_vocabulary(network: StagedGPT, reference: "PreTrainedModel") -> None:
     vocab_size = network.arch.vocab_size
     reference.resize_token_embeddings(vocab_size, mean_resizing=False)
     with torch.no_grad():
-        reference.get_input_embeddings().weight.copy_(network[0].embedding.word_embeddings.weight[:vocab_size])
+        reference.get_input_embeddings().get_parameter("weight").copy_(
+            network[0].embedding.word_embeddings.weight[:vocab_size]
+        )
         reference.get_output_embeddings().weight.copy_(network.head_weight()[:vocab_size])

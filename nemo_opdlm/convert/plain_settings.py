@@ -26,7 +26,7 @@ class _InertLoader(_SafeLoader):  # type: ignore[misc]
             return self.construct_mapping(node, deep=True)
         if isinstance(node, yaml.SequenceNode):
             return self.construct_sequence(node, deep=True)
-        return self.construct_scalar(node) or node.tag  # type: ignore[arg-type]
+        return self.construct_scalar(node) or node.tag
 
 
 _InertLoader.add_constructor(None, _InertLoader.plain)

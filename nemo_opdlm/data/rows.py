@@ -99,7 +99,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 
 def _read_parquet(path: Path, with_responses: bool) -> Iterator[tuple[str, int, Any]]:
-    from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
+    from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)

@@ -37,6 +37,13 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
         raise ValueError(f"cannot read the tokenizer in {path}: {reason}") from error
 
 
+def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Tensor | list[int], **options: bool) -> str:
+    """The text of one row of token ids; the tokenizer's own `decode` also takes many rows, and returns as many texts."""
+    text = tokenizer.decode(token_ids, **options)
+    assert isinstance(text, str)
+    return text
+
+
 def resolve_end_token_ids(
     tokenizer: "PreTrainedTokenizerBase", model_path: str | Path | None = None
 ) -> tuple[int, ...]:

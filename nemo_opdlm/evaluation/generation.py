@@ -12,7 +12,7 @@ from nemo_opdlm.config.generate import GenerateConfig, check_denoising_steps
 from nemo_opdlm.data.collate import collate
 from nemo_opdlm.data.encoding import encode_rows, resolve_chat_template
 from nemo_opdlm.data.rows import PromptRow, read_rows
-from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.data.tokenizer import load_tokenizer, text_of
 from nemo_opdlm.diffusion.proposal import SamplingParams
 from nemo_opdlm.diffusion.remasking import RemaskingParams, RemaskingStrategy
 from nemo_opdlm.diffusion.requests import Requests
@@ -20,9 +20,10 @@ from nemo_opdlm.diffusion.settings import RolloutSettings
 from nemo_opdlm.diffusion.trajectory import Trajectory
 from nemo_opdlm.megatron.rollout import RolloutEngine
 from nemo_opdlm.megatron.student import StagedGPT
-from nemo_opdlm.models.archive_format import Archive, ArchiveError
+from nemo_opdlm.models.archive_format import Archive
 from nemo_opdlm.models.conversion import open_model
 from nemo_opdlm.models.method import SpecialTokens
+from nemo_opdlm.models.safe_tar import ArchiveError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ class Generator:
     def texts(self, trajectory: Trajectory) -> list[str]:
         """The responses as text, without special tokens."""
         return [
-            self.tokenizer.decode(row[mask], skip_special_tokens=True)
+            text_of(self.tokenizer, row[mask], skip_special_tokens=True)
             for row, mask in zip(trajectory.token_ids, trajectory.is_response, strict=True)
         ]
 
@@ -170,13 +171,13 @@ class Generator:
         ends = trajectory.prompt_len + trajectory.response_len
         texts = []
         for row, start, end in zip(trajectory.token_ids, trajectory.prompt_len.tolist(), ends.tolist(), strict=True):
-            prompt, whole = (self.tokenizer.decode(row[:stop], skip_special_tokens=True) for stop in (start, end))
+            prompt, whole = (text_of(self.tokenizer, row[:stop], skip_special_tokens=True) for stop in (start, end))
             texts.append(whole.removeprefix(prompt))
         return texts
 
     def pieces(self, token_ids: Tensor) -> list[str]:
         """The text of each token by itself."""
-        return [self.tokenizer.decode([token_id]) for token_id in token_ids.tolist()]
+        return [text_of(self.tokenizer, [token_id]) for token_id in token_ids.tolist()]
 
     @property
     def context_len(self) -> int:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from nemo_opdlm.config.evaluate import EvaluateConfig
 from nemo_opdlm.config.generate import GenerateConfig, Mode, validate_decoding
+from nemo_opdlm.data.tokenizer import text_of
 from nemo_opdlm.evaluation.generation import Generator
 from nemo_opdlm.evaluation.likelihood import LogLikelihood, Text
 from nemo_opdlm.evaluation.scorer import Scorer
@@ -134,7 +135,7 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them, unless the text brings its own BOS."""
         add = self._add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+        if add_special_tokens is None and string.startswith(text_of(self.tokenizer, [self.prefix_token_id])):
             add = False
         return list(self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add})))
 
@@ -201,8 +202,8 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
             likelihood = self.scorer.log_likelihood(texts)
         self._report_errors(likelihood)
         answers = list(zip(likelihood.total.tolist(), is_greedy.tolist(), strict=True))
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
-            if strings is not None:
+        for request, answer in zip(requests, answers, strict=True):
+            if (strings := request[0]) is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
 
@@ -228,7 +229,7 @@ class OPDLMEvalModel(TemplateLM):  # type: ignore[misc]
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.scorer.config.max_new_tokens))
         if ignored := sorted(wanted.keys() - _SAMPLING):
             _logger.warning("generation settings %s have no meaning for this model", ignored)
-        until = handle_stop_sequences(wanted["until"], eos=self.tokenizer.decode([self.eot_token_id]))
+        until = handle_stop_sequences(wanted["until"], eos=text_of(self.tokenizer, [self.eot_token_id]))
         room = self.max_length - wanted["max_gen_toks"]
         if room < 1:
             raise ValueError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_opdlm.data.recordings import CalibrationBin, RecordedResponse, Recording
+from nemo_opdlm.data.tokenizer import text_of
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.distillation.divergence import DivergenceSpec, top_k_target
 from nemo_opdlm.evaluation.decoding import own_token_losses
@@ -90,7 +91,7 @@ def _response(generator: Generator, row: Trajectory, first_choices: Tensor, log_
     token_ids = row.token_ids[0]
     blocks = places.nonzero()[:, 0] // row.block_size
     return RecordedResponse(
-        prompt=generator.tokenizer.decode(token_ids[: int(row.prompt_len)]),
+        prompt=text_of(generator.tokenizer, token_ids[: int(row.prompt_len)]),
         pieces=generator.pieces(token_ids[places]),
         blocks=(blocks - blocks[0] + 1).tolist(),
         steps=row.unmask_step[0, places].tolist(),

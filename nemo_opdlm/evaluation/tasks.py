@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_opdlm.data.prompts import resolve_chat_template
+from nemo_opdlm.data.encoding import resolve_chat_template
 from nemo_opdlm.data.rows import PromptRow
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.evaluation.human_eval import OPENING, Problem

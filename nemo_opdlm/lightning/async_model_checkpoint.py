@@ -11,7 +11,7 @@ from nemo_opdlm.lightning.async_checkpoint_io import FINALIZE, AsyncCheckpointIO
 from nemo_opdlm.lightning.preemption import Preempted
 
 
-class AsyncModelCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
+class AsyncModelCheckpoint(NeMoModelCheckpoint):
     """Begins saves and finishes them at the next step for which they are ready.
 
     NeMo's own hooks for that are used: when a checkpoint is in place, its `-unfinished` mark goes, loggers are told, and

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -82,14 +83,15 @@ class MegatronStrategy(DDPStrategy):
         super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(minutes=timeout_minutes))
         self.parallel: ParallelContext | None = None
         self._checkpoint_seconds = 0.0
-        self._layout = {
-            "tensor_model_parallel_size": tensor_model_parallel_size,
-            "pipeline_model_parallel_size": pipeline_model_parallel_size,
-            "virtual_pipeline_model_parallel_size": virtual_pipeline_model_parallel_size,
-            "context_parallel_size": context_parallel_size,
-            "seed": seed,
-            "timeout_minutes": timeout_minutes,
-        }
+        self._initialize = partial(
+            parallel.initialize,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
+            seed=seed,
+            timeout_minutes=timeout_minutes,
+        )
 
     # -- processes --
 
@@ -113,7 +115,7 @@ class MegatronStrategy(DDPStrategy):
         if self.cluster_environment.world_size() > 1 and not dist.is_initialized():
             # A launcher has set the address; one process alone gets a file store instead (parallel.initialize).
             _init_dist_connection(self.cluster_environment, self._get_process_group_backend(), timeout=self._timeout)
-        self.parallel = parallel.initialize(**self._layout, local_rank=self.local_rank)
+        self.parallel = self._initialize(local_rank=self.local_rank)
         _tell_nemo(self.parallel)
 
     @property

@@ -7,7 +7,7 @@ every recomputation and every pipeline stage untouched, so that argument carries
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -69,9 +69,13 @@ class CachedQuery:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "CachedQuery":
         """The query with all its tensors replaced."""
-        tensors = (self.slots, self.token_row, self.token_column, self.position_ids, self.last_visible)
-        return CachedQuery(
-            *(function(tensor) for tensor in tensors), self.num_keys, self.joined_heads, self.is_full, self.in_tiles
+        return replace(
+            self,
+            slots=function(self.slots),
+            token_row=function(self.token_row),
+            token_column=function(self.token_column),
+            position_ids=function(self.position_ids),
+            last_visible=function(self.last_visible),
         )
 
 
@@ -310,7 +314,7 @@ class BlockDiffusionAttention(torch.nn.Module):
         by_head = torch.empty(by_head.shape, dtype=keys.dtype, device=keys.device).copy_(by_head)
         _, groups, heads, _, _ = by_head.shape
         if step.joined_heads > 1:
-            out = self._attend(by_head.flatten(2, 3), keys, values, mask).unflatten(2, (heads, width))
+            out: Tensor = self._attend(by_head.flatten(2, 3), keys, values, mask).unflatten(2, (heads, width))
         else:
             out = self._attend(by_head.flatten(1, 2), keys, values, mask).unflatten(1, (groups, heads))
         out = out.permute(0, 3, 1, 2, 4).flatten(2)

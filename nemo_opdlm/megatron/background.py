@@ -16,7 +16,7 @@ from collections.abc import Callable
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
 
 
-class ThreadedCallsQueue(AsyncCallsQueue):  # type: ignore[misc]
+class ThreadedCallsQueue(AsyncCallsQueue):
     """Megatron's queue: a save is finalised, in order and on every rank, once all ranks have written their files."""
 
     def schedule(self, write: Callable[[], None], *finalize: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ class ThreadedCallsQueue(AsyncCallsQueue):  # type: ignore[misc]
         return _ThreadCaller()
 
 
-class _ThreadCaller(AsyncCaller):  # type: ignore[misc]
+class _ThreadCaller(AsyncCaller):
     """The worker of one save."""
 
     def __init__(self) -> None:

@@ -168,9 +168,10 @@ def _fill(part: ShardedTensor, whole: Tensor, vocab_size: int, what: str) -> Ten
     if tuple(whole.shape) != needs and not (is_padded and needs[0] > vocab_size):
         raise ValueError(f"{what} has shape {list(whole.shape)}, the model needs {list(needs)}")
     region = whole[tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))]
-    part.data[: len(region)] = region
-    part.data[len(region) :] = 0
-    return part.data
+    data: Tensor = part.data
+    data[: len(region)] = region
+    data[len(region) :] = 0
+    return data
 
 
 class _CheckedReader(FileSystemReader):
@@ -184,7 +185,7 @@ class _CheckedReader(FileSystemReader):
         return self._metadata
 
 
-class _TensorPlanner(MCoreLoadPlanner):  # type: ignore[misc]
+class _TensorPlanner(MCoreLoadPlanner):
     """Loads tensors only."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:

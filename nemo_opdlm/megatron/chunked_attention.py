@@ -136,7 +136,8 @@ class _ChunkedAttention(torch.autograd.Function):
             now = slice(chunk.start, chunk.stop)
             inputs = [x.detach().requires_grad_() for x in (query[:, :, now], chunk.pick(keys), chunk.pick(values))]
             with torch.enable_grad():
-                out = _attend(*inputs, chunk.may_attend, ctx.scale)
+                queries, seen_keys, seen_values = inputs
+                out = _attend(queries, seen_keys, seen_values, chunk.may_attend, ctx.scale)
             query_grad[:, :, now], *grads = torch.autograd.grad(out, inputs, grad[:, :, now])
             if chunk.keys is None:
                 both_grad += torch.stack(grads)
@@ -153,7 +154,8 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return x
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered.unflatten(0, (size, -1)).movedim(0, -3).flatten(-3, -2)
+    by_rank: Tensor = gathered.unflatten(0, (size, -1))
+    return by_rank.movedim(0, -3).flatten(-3, -2)
 
 
 def reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -80,9 +80,9 @@ def run_megatron_on_cpu() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     # Activation recomputation saves and restores CUDA's generator. Dropout is 0 here, so there is nothing to restore.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.zeros(1, dtype=torch.uint8)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None

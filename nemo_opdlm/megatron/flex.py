@@ -29,7 +29,7 @@ NUM_COMPILATIONS = 256
 
 def bucket(length: int) -> int:
     """The length that rows of so many tokens are padded to: whole tiles, and four lengths to each doubling."""
-    step = max(TILE, 2 ** (length - 1).bit_length() // 8)
+    step: int = max(TILE, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
 
 
@@ -87,7 +87,10 @@ def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
         _to_length(x.to(value.dtype), wanted)
         for x, wanted in ((query, num_queries), (key, num_keys), (value, num_keys))
     )
-    attend, options = (_compiled(), _kernel_options(query, key)) if query.is_cuda else (flex_attention, None)
+    attend: Callable[..., Any] = flex_attention
+    options: dict[str, bool] | None = None
+    if query.is_cuda:
+        attend, options = _compiled(), _kernel_options(query, key)
     is_grouped = query.shape[1] != key.shape[1]
     out: Tensor = attend(*padded, block_mask=mask, scale=scale, enable_gqa=is_grouped, kernel_options=options)
     return out[:, :, :length]
@@ -108,7 +111,7 @@ def _to_length(x: Tensor, length: int) -> Tensor:
 def _compiled() -> Callable[..., Any]:
     # Past the limit Dynamo would go on without a compiled kernel, which holds whole masks and scores; `fullgraph` makes it raise.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, NUM_COMPILATIONS)  # type: ignore[attr-defined]
+    config.recompile_limit = max(config.recompile_limit, NUM_COMPILATIONS)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

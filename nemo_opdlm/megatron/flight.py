@@ -72,8 +72,8 @@ def fly(
     for number_of_round in count():
         if not (waiting or in_flight):
             break
-        is_asked = gives_up is not None and number_of_round % _ROUNDS_PER_QUESTION == 0
-        if is_asked and model.parallel.any_in_row(gives_up()):
+        is_asked = number_of_round % _ROUNDS_PER_QUESTION == 0
+        if gives_up is not None and is_asked and model.parallel.any_in_row(gives_up()):
             for flight in in_flight.values():
                 pipeline.settle(flight)
             raise RolloutGivenUp

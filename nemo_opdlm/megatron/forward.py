@@ -97,7 +97,7 @@ def _schedule(
     first = micro_batches[0].token_ids
     iterators = [iter(micro_batches) for _ in chunks]
     with autocast(model.options.autocast_dtype, first.device):
-        return get_forward_backward_func()(
+        results: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks),
@@ -108,6 +108,7 @@ def _schedule(
             micro_batch_size=first.shape[0],
             **options,
         )
+    return results
 
 
 def forward_backward(

@@ -48,7 +48,7 @@ class ForwardGraphs:
 
     def __call__(self, forward: Forward) -> Proposal:
         """Proposals of a forward; they are overwritten by the next one of the same shapes."""
-        key = (forward.cached.num_keys, *(tensor.shape for tensor in forward.tensors()))
+        key: Shape = (forward.cached.num_keys, *(tensor.shape for tensor in forward.tensors()))
         self._seen[key] += 1
         if self._is_given_up or self._seen[key] == 1:
             return self._answer(forward)

@@ -77,7 +77,8 @@ class LMHead:
 
     def shared(self, hidden: Tensor) -> Tensor:
         """Hidden states for every shard of the vocabulary, whose gradients are added up."""
-        return copy_to_tensor_model_parallel_region(hidden, group=self.model.parallel.groups.tp)
+        out: Tensor = copy_to_tensor_model_parallel_region(hidden, group=self.model.parallel.groups.tp)
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` -> fp32 logits ``[T, V_local]``."""
@@ -222,7 +223,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (divergence * chunks.token_weights).sum(), divergence, agrees, logprob_gap
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         assert ctx.gradients is not None, "the gradients of a head were handed over before"
         # Scaled in place: the head's is one of the largest tensors there are.

@@ -190,8 +190,8 @@ class StudentOptimizer:
             weights, is_loading=is_loading, metadata=_SHARDING
         )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded into ``sharded_state_dict``."""
+    def load_state_dict(self, state: dict[str | int, Any]) -> None:
+        """Take over what was loaded into ``sharded_state_dict``: of several parts it has one under each number."""
         if not any(_counts_by_parameter(part) for part in self._parts):
             self.megatron.load_state_dict(state)
             return
@@ -220,7 +220,7 @@ def _fill_state(part: DistributedOptimizer) -> None:
             state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_counted_by_parameter(part: DistributedOptimizer, state: dict[str, Any]) -> None:
+def _load_counted_by_parameter(part: DistributedOptimizer, state: dict[str | int, Any]) -> None:
     part.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
     states = list(part.optimizer.state.values())
     counts = [of_parameter.pop("step") for of_parameter in states]

@@ -153,7 +153,7 @@ def initialize(
             pipeline_model_parallel_size=wanted[1],
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
             context_parallel_size=wanted[2],
-            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
+            distributed_timeout_minutes=timeout_minutes,
         )
     if wants_cpu():
         # The tracker's fork is a no-op on CPU: dropout must be 0, which the schema enforces.
@@ -195,7 +195,10 @@ def _wrap_group(pipeline: dist.ProcessGroup, timeout: timedelta) -> dist.Process
     everywhere: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     pipelines = sorted({tuple(ranks) for ranks in everywhere})
-    return {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines}[tuple(mine)]
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {
+        ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines
+    }
+    return groups[tuple(mine)]
 
 
 def _context(timeout_minutes: float) -> ParallelContext:

@@ -40,13 +40,16 @@ def check_pickle(stream: IO[bytes], size: int) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             name = opcode.name
+            # Where the memo is named, the argument is a place in it.
             if name in _MEMO_WRITES:
+                assert isinstance(argument, int)
                 if argument > size:
                     raise pickle.UnpicklingError("its memo is larger than the file")
                 memo[argument] = stack[-1]
             elif name == "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             elif name in _MEMO_READS:
+                assert isinstance(argument, int)
                 stack.append(memo[argument])
             elif name == "MARK":
                 marks.append(len(stack))

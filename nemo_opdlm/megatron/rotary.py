@@ -30,7 +30,7 @@ def inverse_frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] |
     if kind == "default":
         return inv_freq
     if kind == "linear":
-        return inv_freq / float(scaling["factor"])  # type: ignore[index]
+        return inv_freq.div(float(scaling["factor"]))  # type: ignore[index]
     if kind == "llama3":
         return _llama3(inv_freq, scaling)  # type: ignore[arg-type]
     raise ValueError(f"rope_scaling type '{kind}' is not supported: use one of {', '.join(ROPE_TYPES)}.")

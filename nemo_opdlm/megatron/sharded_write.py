@@ -183,7 +183,7 @@ class _CopiesWriter(_Writer):
         super().__init__(directory, per_thread_copy_ahead=0)
 
 
-class _Planner(MCoreSavePlanner):  # type: ignore[misc]
+class _Planner(MCoreSavePlanner):
     """Megatron's planner with the options of its own `save`."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class _CopyingPlanner(_Planner):
         resolve = super().resolve_data
         self._copies = {item.index: _copied(resolve(item)) for item in plan.items}
         # What was gathered for this save alone is not kept until it is written.
-        self.state_dict = {}
+        self.state_dict: dict[str, Any] = {}
 
     def drop(self) -> None:
         self._copies = {}

@@ -176,7 +176,7 @@ def _revealed(
 
 def _mask_ratio(loss_mask: Tensor, block_size: int) -> Tensor:
     """Supervised share of each position's block, fp32 like ``loss_mask [B, C, L]``."""
-    blocks = loss_mask.unflatten(-1, (-1, block_size)).float().mean(-1)
+    blocks: Tensor = loss_mask.unflatten(-1, (-1, block_size)).float().mean(-1)
     return blocks.repeat_interleave(block_size, dim=-1)
 
 

@@ -6,11 +6,11 @@ the final hidden states: the LM head runs only on the rows that need it (``head.
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,8 @@ class HiddenStatesGPT(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process:
-            return hidden_states.to(self.config.pipeline_dtype)
+            sent: Tensor = hidden_states.to(self.config.pipeline_dtype)
+            return sent
         if self.config.sequence_parallel:
             # The head adds up its shards' gradients itself (copy_to_tensor_model_parallel_region): here they only split.
             hidden_states = gather_from_sequence_parallel_region(
@@ -109,9 +110,9 @@ class HiddenStatesGPT(GPTModel):
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head ``[V_local, hidden]``, the embedding where they are tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        is_tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+        return weight
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
@@ -218,6 +219,12 @@ class StagedGPT(torch.nn.ModuleList):
         self._host_weights: HostWeights | None = None
         self._forward_overlap = ForwardOverlap(self.modules())
 
+    if TYPE_CHECKING:
+        # A list of modules does not say of which kind; and a slice of a network is none.
+        def __getitem__(self, number: int) -> HiddenStatesGPT: ...  # type: ignore[override]
+
+        def __iter__(self) -> Iterator[HiddenStatesGPT]: ...
+
     def train(self, mode: bool = True) -> "StagedGPT":
         """Training or evaluation mode."""
         super().train(mode)
@@ -227,7 +234,7 @@ class StagedGPT(torch.nn.ModuleList):
     @property
     def config(self) -> TransformerConfig:
         """Megatron's config, one for all chunks."""
-        return self[0].config  # type: ignore[no-any-return]
+        return self[0].config
 
     @property
     def token_multiple(self) -> int:
@@ -236,7 +243,7 @@ class StagedGPT(torch.nn.ModuleList):
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head ``[V_local, hidden]``; on the last pipeline stage only."""
-        return self[-1].head_weight()  # type: ignore[no-any-return]
+        return self[-1].head_weight()
 
     def offload(self) -> None:
         """Keep the weights of a frozen network in host memory from now on, but for the head and within ``on_device``."""
@@ -304,7 +311,7 @@ def _build_chunk(
     )
     chunk = HiddenStatesGPT(
         config=config,
-        transformer_layer_spec=layers,  # type: ignore[arg-type]
+        transformer_layer_spec=layers,
         vocab_size=arch.padded_vocab_size(parallel.tp_size),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel.is_first_stage and stage == 0,

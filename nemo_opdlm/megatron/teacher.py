@@ -1,6 +1,5 @@
 """The frozen autoregressive teacher: one causal pass per rollout batch gives the targets of every state and update of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -155,10 +154,10 @@ class Teacher:
             parts = forward_only(self.network, batches, lambda hidden, batch: gather(batch.payload, hidden))
         return _in_order(torch.cat(parts), torch.cat(passes), mine.response_len) if parts else nothing
 
-    def _passes(self, trajectory: Trajectory) -> Sequence[Tensor]:
+    def _passes(self, trajectory: Trajectory) -> list[Tensor]:
         """Which rollouts share a pass."""
         if self.pack_to_tokens is None:
-            return torch.arange(len(trajectory), device=trajectory.token_ids.device).split(self.micro_batch_size)
+            return list(torch.arange(len(trajectory), device=trajectory.token_ids.device).split(self.micro_batch_size))
         lengths = trajectory.prompt_len + trajectory.response_len
         return pack(lengths, max(self.pack_to_tokens, int(lengths.max())))
 

@@ -52,7 +52,8 @@ class TensorParallelVocab:
 
     def spread(self, x: Tensor) -> Tensor:
         """The value itself; backward is summed over ranks."""
-        return _SummedGradient.apply(x, self.group)
+        same: Tensor = _SummedGradient.apply(x, self.group)
+        return same
 
     def take(self, x: Tensor, ids: Tensor) -> Tensor:
         """Values at global ``ids [..., K]``; the gradient reaches their owner only."""
@@ -71,4 +72,5 @@ class TensorParallelVocab:
 
     def _add(self, x: Tensor) -> Tensor:
         # Megatron reduces `x.contiguous()` and returns x: of any other x it would return the share of this rank.
-        return reduce_from_tensor_model_parallel_region(x.contiguous(), group=self.group)
+        total: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), group=self.group)
+        return total

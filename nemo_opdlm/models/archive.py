@@ -27,7 +27,7 @@ from nemo_opdlm.models.conversion import archive_architecture, load_archive
 from nemo_opdlm.models.foreign import open_checkpoint, read_settings
 
 
-class OPDLMSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]
+class OPDLMSaveRestoreConnector(SaveRestoreConnector):
     """Saves and restores models with `sharded_state_dict`, `load_sharded_state`, `vocab_size` and `tokenizer_files`.
 
     `pack_nemo_file = False` writes the content of the archive as a folder. `model_extracted_dir` restores from such a

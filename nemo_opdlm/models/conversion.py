@@ -24,7 +24,6 @@ from nemo_opdlm.megatron.student import ModelOptions, StagedGPT, build_model
 from nemo_opdlm.models.archive_format import (
     WEIGHTS,
     Archive,
-    ArchiveError,
     check_class,
     check_output,
     check_target,
@@ -43,6 +42,7 @@ from nemo_opdlm.models.foreign import (
     recognise,
 )
 from nemo_opdlm.models.precision import PRECISIONS
+from nemo_opdlm.models.safe_tar import ArchiveError
 
 _WITHOUT_MASK = (
     "The row of {mask_token}, which the conversion had added, is not in it: the folder is for autoregressive use, the archive "

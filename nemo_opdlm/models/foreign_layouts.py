@@ -58,13 +58,13 @@ def read_nemo_1(folder: Path, tokenizer: str | Path | None) -> MegatronModel:
     settings = read_archive_config(folder)
     section = _section(settings, "tokenizer")
     texts = [value for value in section.values() if isinstance(value, str)]
-    artifacts = dict(match.group(2, 1) for match in map(_ARTIFACT.fullmatch, texts) if match)
+    artifacts = {match[2]: match[1] for match in map(_ARTIFACT.fullmatch, texts) if match}
     files = {name: folder / member for name, member in artifacts.items() if name in TOKENIZER_FILES}
     if tokenizer is None and "tokenizer.json" in files:
         missing = next((path for path in files.values() if not path.is_file()), None)
         if missing is not None:
             raise ArchiveError(f"{missing} is missing: the tokenizer is not complete")
-        tokenizer_files = {name: path.read_bytes() for name, path in files.items()}
+        tokenizer_files: Mapping[str, bytes] = {name: path.read_bytes() for name, path in files.items()}
     else:
         tokenizer_files = find_tokenizer(folder / CONFIG, tokenizer, _paths(section.get("type")))
     is_distributed = (folder / WEIGHTS).is_dir()

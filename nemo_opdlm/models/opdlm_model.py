@@ -112,12 +112,12 @@ class OPDLMModel(ModelPT):
         self._heldout: HeldoutSet | None = None
 
     @classmethod
-    def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> "OPDLMModel":  # type: ignore[override]
+    def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> "OPDLMModel":
         """Build from a config; NeMo's default would look the class up in a list that plugins cannot enter."""
         return cls(cfg=config, trainer=trainer)
 
     @classmethod
-    def restore_from(cls, *args: Any, save_restore_connector: Any = None, **kwargs: Any) -> "OPDLMModel":  # type: ignore[override]
+    def restore_from(cls, *args: Any, save_restore_connector: Any = None, **kwargs: Any) -> "OPDLMModel":
         """Restore from a ``.nemo`` archive or an extracted one; see ``OPDLMSaveRestoreConnector.restore_from``."""
         connector = save_restore_connector or OPDLMSaveRestoreConnector()
         return super().restore_from(*args, save_restore_connector=connector, **kwargs)  # type: ignore[no-any-return]
@@ -127,7 +127,7 @@ class OPDLMModel(ModelPT):
         """No pretrained models are published."""
         return []
 
-    def use_prompts(self, tokens: SpecialTokens, train: PromptDataset, heldout: PromptDataset | None) -> None:
+    def use_prompts(self, tokens: SpecialTokens, train: PromptDataset | None, heldout: PromptDataset | None) -> None:
         """Hand over the prompts, tokenised and checked at set-up."""
         self.tokens, self._train_prompts, self._heldout_prompts = tokens, train, heldout
 
@@ -184,7 +184,7 @@ class OPDLMModel(ModelPT):
             self._optimizer,
             self.teacher,
             self._train_prompts,
-            step=lambda loss: self.optimizers().step(loss=loss),  # type: ignore[union-attr,return-value]
+            step=lambda loss: self.optimizers().step(loss=loss),
             on_progress=self._tell_progress,
             on_phase=self._tell_phase,
             gives_up=self._gives_up,

@@ -28,7 +28,7 @@ class _CheckedHeader(tarfile.TarInfo):
     """A header whose size is neither negative, which sends tarfile round in circles, nor more than it may hold in memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "_CheckedHeader":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_CheckedHeader":
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTRA_HEADERS and header.size > MAX_EXTRA_HEADER):
             raise tarfile.ReadError(f"a header claims {header.size} bytes")

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from nemo_opdlm.config import TokenizerConfig
-from nemo_opdlm.data.tokenizer import load_tokenizer
+from nemo_opdlm.data.tokenizer import load_tokenizer, text_of
 from nemo_opdlm.diffusion.trajectory import FinishReason, Trajectory
 from nemo_opdlm.lightning.samples import Sample
 
@@ -26,8 +26,8 @@ def read_samples(
             Sample(
                 rollout_step=rollout_step,
                 sample_id=int(some.sample_ids[row]),
-                prompt=tokenizer.decode(token_ids[:prompt_len]),
-                response=tokenizer.decode(token_ids[prompt_len : prompt_len + response_len]),
+                prompt=text_of(tokenizer, token_ids[:prompt_len]),
+                response=text_of(tokenizer, token_ids[prompt_len : prompt_len + response_len]),
                 finish_reason=FinishReason(int(some.finish_reason[row])).name.lower(),
                 response_len=response_len,
                 num_forwards=int(some.num_forwards[row]),

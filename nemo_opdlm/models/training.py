@@ -41,7 +41,6 @@ from nemo_opdlm.megatron.teacher import Teacher
 from nemo_opdlm.models.archive import opened_once, restore_opened
 from nemo_opdlm.models.archive_format import (
     Archive,
-    ArchiveError,
     check_class,
     check_target,
     existing,
@@ -52,6 +51,7 @@ from nemo_opdlm.models.conversion import archive_architecture, read_weights
 from nemo_opdlm.models.foreign import Kind, recognise
 from nemo_opdlm.models.method import Method, SpecialTokens
 from nemo_opdlm.models.opdlm_model import OPDLMModel
+from nemo_opdlm.models.safe_tar import ArchiveError
 from nemo_opdlm.models.settings import teacher_options, teacher_rows, token_multiple
 
 

@@ -15,6 +15,7 @@ from nemo_opdlm.report.runs import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 PANELS = (
     Panel("Loss, nats per token", "train/loss"),
@@ -59,12 +60,17 @@ class Theme:
     cycle: tuple[str, ...]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict["RcKeyType", Any]:
         """As matplotlib's rcParams."""
         from cycler import cycler
 
-        backgrounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
-        texts = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+        backgrounds: tuple[RcKeyType, ...] = (
+            "figure.facecolor",
+            "axes.facecolor",
+            "savefig.facecolor",
+            "legend.facecolor",
+        )
+        texts: tuple[RcKeyType, ...] = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
         return {
             **dict.fromkeys(backgrounds, self.background),
             **dict.fromkeys(texts, self.text),
@@ -165,7 +171,7 @@ def calibration(runs: Sequence[Run]) -> Iterator[Picture]:
 
 def calibration_error(bins: Sequence[CalibrationBin], of: str) -> float:
     """Mean distance of the confidence from ``agreement`` or ``teacher_probability``, over tokens."""
-    gaps = sum(each.num_tokens * abs(each.confidence - getattr(each, of)) for each in bins)
+    gaps: float = sum(each.num_tokens * abs(each.confidence - getattr(each, of)) for each in bins)
     return gaps / sum(each.num_tokens for each in bins)
 
 
@@ -238,7 +244,7 @@ def _draw_from_zero(panel: Panel, lines: Mapping[str, Line], figure: "Figure") -
 def _draw_profiles(profiles: Mapping[str, Profile], figure: "Figure") -> None:
     ax = figure.subplots()
     for number, (name, profile) in enumerate(profiles.items()):
-        style = {"color": f"C{number % len(LIGHT.cycle)}", "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": f"C{number % len(LIGHT.cycle)}", "marker": "o", "markersize": 4}
         ax.plot(profile.ratios, profile.first, linestyle=":", **style)
         ax.plot(profile.ratios, profile.last, label=name, **style)
     ratios = sorted({ratio for profile in profiles.values() for ratio in profile.ratios})

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Ranks:
     def __init__(self, size: int, timeout_s: float = 300) -> None:
         self.size = size
         self.timeout_s = timeout_s
-        self._processes: list[mp.Process] = []
+        self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -93,10 +94,11 @@ class Ranks:
             ready = wait(list(waiting), timeout=0 if errors else max(0.0, deadline - time.monotonic()))
             if not ready:
                 errors |= {rank: errors.get(rank, "did not come back") for rank in waiting.values()}
-            for connection in ready:
-                rank = waiting[connection]  # type: ignore[index]
+            for connection, rank in waiting.items():
+                if connection not in ready:
+                    continue
                 try:
-                    result, error = connection.recv()  # type: ignore[union-attr]
+                    result, error = connection.recv()
                 except EOFError:
                     result, error = None, "died"
                 if error is None:

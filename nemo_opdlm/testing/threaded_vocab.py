@@ -31,22 +31,22 @@ class Meeting:
 
 class _ReduceForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, reduce):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         return reduce(x)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
 class _ReduceBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, reduce):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.reduce = reduce
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.reduce(grad), None
 
 
@@ -71,18 +71,21 @@ class ThreadedVocab:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over all shards."""
-        return _ReduceForward.apply(x.sum(-1), self._add)
+        total: Tensor = _ReduceForward.apply(x.sum(-1), self._add)
+        return total
 
     def spread(self, x: Tensor) -> Tensor:
         """The value itself; backward is summed over shards."""
-        return _ReduceBackward.apply(x, self._add)
+        same: Tensor = _ReduceBackward.apply(x, self._add)
+        return same
 
     def take(self, x: Tensor, ids: Tensor) -> Tensor:
         """Values at global ids."""
         column = ids - self.start
         owned = (column >= 0) & (column < x.shape[-1])
         mine = x.gather(-1, column.masked_fill(~owned, 0)).masked_fill(~owned, 0.0)
-        return _ReduceForward.apply(mine, self._add)
+        taken: Tensor = _ReduceForward.apply(mine, self._add)
+        return taken
 
     def gather(self, x: Tensor) -> Tensor:
         """The lists of all shards in shard order."""

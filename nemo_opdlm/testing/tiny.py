@@ -68,7 +68,7 @@ def tokenizer_files(num_tokens: int = NUM_TOKENS) -> dict[str, bytes]:
 
     words = [*_SPECIAL_TOKENS, *(f"w{token}" for token in range(len(_SPECIAL_TOKENS), num_tokens))]
     tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="w4"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _SPECIAL_TOKENS])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
