@@ -202,7 +202,8 @@ class ModelConfig:
         fp8: the layers' matrix products in FP8; needs `transformer_engine` and one of `fp8_e4m3` and `fp8_hybrid`. Head,
             embedding, norms and attention keep the model's precision; so does the teacher.
         fp8_recipe: how FP8 is scaled: by the largest values of past steps (`delayed`) or of the present one
-            (`tensorwise`), by blocks of 128 (`blockwise`) or of 32 values (`mxfp8`).
+            (`tensorwise`), by blocks of 128 (`blockwise`) or of 32 values (`mxfp8`). Transformer Engine stores what `delayed`
+            knows of past steps as a pickle, which no checkpoint may hold here: a resumed run gathers it anew.
         fp8_margin ... fp8_amax_compute_algo: of `delayed`.
         fp8_params: weights are kept in FP8 beside the optimizer's masters; needs a sharded optimizer.
         fp8_wgrad ... num_layers_at_end_in_bf16: further fields of Megatron's FP8, under its names.

@@ -1,8 +1,9 @@
 """Divergence between teacher and student at one token, over the full vocabulary or the teacher's top-k ids.
 
 The full vocabulary and every top-k tail mode are the same formula over different outcomes: a divergence is written
-once, as terms over the last dimension of two tensors of log-probabilities. The vocabulary may be sharded; only the
-reducer knows. To add a divergence: a member of `DivergenceKind`, its words in `_WORDS`, its terms in `_TERMS`.
+once, as terms over the last dimension of two tensors of log-probabilities. Only the default, the forward KL over the full
+vocabulary, is written a second time, with its gradient. The vocabulary may be sharded; only the reducer knows. To add a
+divergence: a member of `DivergenceKind`, its words in `_WORDS`, its terms in `_TERMS`.
 """
 
 import math
@@ -10,10 +11,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_opdlm.distillation._checks import check, member
 from nemo_opdlm.vocab import VocabReducer, top_k
@@ -156,6 +159,9 @@ def token_divergence(student_logits: Tensor, target: Target, spec: DivergenceSpe
     if isinstance(target, TokenTarget):
         return _log_sum_exp(logits, vocab) - vocab.take(logits, target.token_ids[:, None])[:, 0]
     if isinstance(target, FullTarget):
+        if spec.kind == DivergenceKind.forward_kl:
+            kl: Tensor = _ForwardKL.apply(logits, _wide(target.logits.detach()), vocab)
+            return kl
         with torch.no_grad():
             log_phi = _log_softmax(_wide(target.logits), vocab)
         return vocab.sum(_terms(log_phi, _log_softmax(logits, vocab), spec))
@@ -199,6 +205,38 @@ def _check_target(target: Target, spec: DivergenceSpec) -> None:
         raise ValueError(
             f"divergence_top_k={spec.top_k} got a target of {target.token_ids.shape[-1]} ids; allowed: {spec.top_k}"
         )
+
+
+class _ForwardKL(torch.autograd.Function):
+    """sum phi (ln phi - ln q) over the full vocabulary, whose gradient q - phi is ready with its value.
+
+    Autograd would keep twice as many tensors of the logits' size, and pass over them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher_logits: Tensor, vocab: VocabReducer) -> Tensor:
+        phi, log_mass_phi = _softmax(teacher_logits, vocab)
+        q, log_mass_q = _softmax(logits, vocab)
+        terms = (teacher_logits - logits).add_((log_mass_q - log_mass_phi)[..., None])
+        # An outcome that the teacher excludes contributes nothing, whatever the student makes of it.
+        terms.masked_fill_(phi == 0, 0.0).mul_(phi)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(q.sub_(phi))
+        return vocab.sum(terms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[..., None], None, None
+
+
+def _softmax(logits: Tensor, vocab: VocabReducer) -> tuple[Tensor, Tensor]:
+    """Probabilities [..., V_local] over the whole vocabulary, and the log-sum-exp [...]."""
+    peak = vocab.max(logits)
+    weights = (logits - peak[..., None]).exp_()
+    mass = vocab.sum(weights)
+    return weights.div_(mass[..., None]), peak + mass.log()
 
 
 def _wide(logits: Tensor) -> Tensor:

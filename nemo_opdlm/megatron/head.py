@@ -34,7 +34,8 @@ def bytes_per_logit(spec: DivergenceSpec) -> int:
         return 17
     if spec.top_k:
         return 22 if spec.kind is DivergenceKind.jsd else 18
-    return {DivergenceKind.mixed: 47, DivergenceKind.jsd: 72}.get(spec.kind, 38)
+    kinds = DivergenceKind
+    return {kinds.forward_kl: 21, kinds.reverse_kl: 38, kinds.mixed: 47, kinds.jsd: 72}[spec.kind]
 
 
 #: Rows up to which a product that has to be transposed afterwards is the faster one.

@@ -45,7 +45,7 @@ def named(found: list[Moment], name: str) -> Moment:
     [(kind, top_k) for kind in get_args(Divergence) for top_k in (0, 16) if not (kind == "nll" and top_k)],
 )
 def test_a_chunk_of_the_head_holds_the_planned_logits(kind: str, top_k: int) -> None:
-    """Without the hidden states and the head's gradient, which are few hundredths of the logits here."""
+    """Without the hidden states, which are few hundredths of the logits here."""
     context, rows = parallel.initialize(), 96
     head = LMHead(tiny.random_network(ARCH, context))
     hidden = torch.randn(rows, ARCH.hidden_size, requires_grad=True)
@@ -64,8 +64,9 @@ def test_a_chunk_of_the_head_holds_the_planned_logits(kind: str, top_k: int) -> 
     opdlm = replace(CONFIG.model.opdlm, divergence=kind, divergence_top_k=top_k)  # type: ignore[arg-type]
     opdlm = replace(opdlm, rollout=replace(opdlm.rollout, max_new_tokens=rows))
     planned = named(moments(opdlm=opdlm, on_gpu=False), "update: head").logits
+    measured = profile.peak_bytes - 4 * head.model.head_weight().numel()  # the head's gradient
     # The budget of a chunk is counted for the support that takes most.
-    assert 0.97 * profile.peak_bytes <= planned <= 1.25 * profile.peak_bytes
+    assert 0.97 * measured <= planned <= 1.3 * measured
 
 
 def test_a_prompt_that_does_not_fit_beside_the_longest_response_is_taken_shorter() -> None:

@@ -81,7 +81,7 @@ def test_sharded_equals_unsharded(
 def test_the_comparison_notices_a_normaliser_that_is_not_spread() -> None:
     # Right values, wrong gradients: the trap that makes comparing values alone worthless.
     student, teacher = logits_with_padding(0, torch.float64), logits_with_padding(1, torch.float64)
-    spec = spec_of("forward_kl", 0, "tail_bucket")
+    spec = spec_of("reverse_kl", 0, "tail_bucket")
     values, grad = run_divergence(student, teacher, spec, LocalVocab(), slice(0, V))
     shards = on_shards(
         2, V, lambda vocab, columns: run_divergence(student, teacher, spec, vocab, columns), vocab_class=ForgetsToSpread
