@@ -25,11 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="times a run of tests/faults is killed, at each layout")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests, a file stays whole, and one process has all tests of several ranks.
 
     Ranks wait for each other: more of them than there are cores take longer together than one after the other.
     """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group("ranks" if folder == "parallel" else item.nodeid.partition("::")[0]))
