@@ -70,14 +70,14 @@ DIVERGENCES: Mapping[str, tuple[Stage, ...]] = {
 VARIANTS: Mapping[str, tuple[Stage, ...]] = {**METHODS, **BLOCK_SIZES, **DIVERGENCES}
 
 GLASSLLM = Subject("glassllm", "quickstart", "<bos>", 144, 24, (1, 2, 3), tuple(VARIANTS))
-SMOLLM2 = Subject("smollm2", "quickstart_smollm2", "<reponame>", 48, 16, (1,), tuple(METHODS))
+SMOLLM2 = Subject("smollm2", "quickstart_smollm2", "<reponame>", 48, 16, (1, 2), tuple(METHODS))
 FULL = (GLASSLLM, SMOLLM2)
 #: Every kind of cell once, a few updates long.
 SMOKE = (
     replace(
         GLASSLLM, num_updates=24, evaluate_every=4, seeds=(1,), variants=(*METHODS, "block_4_8_16", "top16_tail_bucket")
     ),
-    replace(SMOLLM2, num_updates=2, evaluate_every=2, variants=("opdlm",)),
+    replace(SMOLLM2, num_updates=2, evaluate_every=2, seeds=(1,), variants=("opdlm",)),
 )
 
 
