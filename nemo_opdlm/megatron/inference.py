@@ -31,17 +31,17 @@ def forward_chunk(
     token_ids: Tensor,
     attributes: TokenAttributes,
     hidden: Tensor | None,
-    asked: Tensor | None = None,
+    asked: Tensor,
 ) -> Tensor:
-    """A chunk's hidden states, as the chunk itself returns them; without gradients.
+    """A chunk's hidden states, as the chunk itself returns them, of the last one those asked for; without gradients.
 
     Args:
         chunk: of a network that `suits`.
         token_ids: ``[1, T]``.
         attributes: of each token.
         hidden: ``[T, 1, hidden]`` from the chunk before; None for the first.
-        asked: ``[M]`` tokens whose hidden states ``[1, M, hidden]`` the last chunk returns; None = all of them. Of the
-            others, the last layer computes keys, values and attention alone.
+        asked: ``[M]`` tokens whose hidden states ``[1, M, hidden]`` the last chunk returns. Of the others, the last layer
+            computes keys, values and attention alone.
     """
     hidden = F.embedding(token_ids[0], chunk.embedding.word_embeddings.weight) if hidden is None else hidden[:, 0]
     if _multiplies_few_rows(hidden):
@@ -49,7 +49,7 @@ def forward_chunk(
     stacked, last = attributes.stack(), len(chunk.decoder.layers) - 1
     for number, layer in enumerate(chunk.decoder.layers):
         attended = _attention(layer.self_attention, layer.input_layernorm(hidden), stacked)
-        if asked is not None and chunk.post_process and number == last:
+        if chunk.post_process and number == last:
             hidden, attended = hidden[asked], attended[asked]
         hidden = _add(hidden, _linear(layer.self_attention.linear_proj, attended))
         hidden = _add(hidden, _mlp(layer.mlp, layer.pre_mlp_layernorm(hidden)))

@@ -148,6 +148,15 @@ def test_gradients_equal_finite_differences(kind: str, top_k: int, tail: str) ->
     assert torch.autograd.gradcheck(lambda z: token_divergence(z, target, spec, VOCAB), (student,))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_gradient_reaches_the_teacher(kind: str) -> None:
+    spec, teacher = spec_of(kind), random_logits(8, rows=2).requires_grad_()
+    student = random_logits(7, rows=2)
+    assert not token_divergence(student, target_of(teacher, spec), spec, VOCAB).requires_grad
+    token_divergence(student.requires_grad_(), target_of(teacher, spec), spec, VOCAB).sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
 def dense(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
     """The oracle once more, differentiable: plain probabilities, no care for small ones."""
     phi, q = teacher.softmax(-1), student.softmax(-1)
