@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 
@@ -15,7 +15,7 @@ class Architecture:
         hidden_size: width of the residual stream.
         ffn_hidden_size: width of the SwiGLU layer.
         num_attention_heads: query heads.
-        vocab_size: rows of the vocabulary before padding for tensor parallelism.
+        vocab_size: rows of the vocabulary before padding.
         max_position_embeddings: longest sequence, in tokens.
         num_query_groups: key/value heads; None = as many as query heads.
         kv_channels: size of one head; None = hidden_size / num_attention_heads.
@@ -27,6 +27,8 @@ class Architecture:
         qk_layernorm: RMSNorm on every query and key head.
         share_embeddings_and_output_weights: the LM head is the embedding.
         init_method_std: standard deviation of fresh weights.
+        make_vocab_size_divisible_by: every tensor-parallel rank holds a multiple of so many vocabulary rows; those that no
+            token has are never seen. Products of odd widths, as a mask token's row makes them, are slow everywhere.
 
     Raises:
         ValueError: from `validate`, at construction.
@@ -48,6 +50,7 @@ class Architecture:
     qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
+    make_vocab_size_divisible_by: int = 128
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> "Architecture | None":
@@ -96,9 +99,15 @@ class Architecture:
         if self.kv_channels % 2:
             raise ValueError(f"kv_channels={self.kv_channels} must be even: rotary positions turn pairs of channels")
 
+    def padded_to(self, make_vocab_size_divisible_by: int | None) -> "Architecture":
+        """The same network with its vocabulary padded as a run asks for; None = as it is."""
+        divisor = make_vocab_size_divisible_by
+        return self if divisor is None else replace(self, make_vocab_size_divisible_by=divisor)
+
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Vocabulary rows after padding to a multiple of the tensor-parallel size."""
-        return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+        """Vocabulary rows of all tensor-parallel ranks together, as Megatron pads them."""
+        multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def num_parameters(self) -> int:

@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
     "ipl_epoch_stopper_callback_params",
     "exp_manager.checkpoint_callback_params": "filepath",
     "model": """
-        name encoder_seq_length make_vocab_size_divisible_by override_vocab_size use_cpu_initialization
+        name encoder_seq_length override_vocab_size use_cpu_initialization
         use_scaled_init_method use_tp_pp_dp_mapping overlap_p2p_comm batch_p2p_comm
         nccl_communicator_config_path sharp gc_interval native_amp_init_scale
         native_amp_growth_interval hysteresis reduce_amax skip_fp8_attention_checkpoint_load

@@ -197,6 +197,7 @@ class ModelConfig:
         sequence_parallel: tensor-parallel ranks also share the activations between layers.
         distributed_timeout_minutes: how long a rank waits for the others in one collective operation.
         num_layers ... init_method_std: see `Architecture`; null = as stored with the weights.
+        make_vocab_size_divisible_by: see `Architecture`; null = its default.
         megatron_amp_O2: under `bf16-mixed`, too, bf16 parameters with fp32 master weights.
         transformer_engine: Transformer Engine's layers instead of Megatron's own; needs it and a GPU.
         fp8: the layers' matrix products in FP8; needs `transformer_engine` and one of `fp8_e4m3` and `fp8_hybrid`. Head,
@@ -253,6 +254,7 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool | None = None
     vocab_size: int | None = None
     init_method_std: float | None = None
+    make_vocab_size_divisible_by: int | None = None
 
     megatron_amp_O2: bool = False
     transformer_engine: bool = False

@@ -236,7 +236,8 @@ class HfWeights:
     ) -> None:
         """Check names and shapes."""
         # Transformer Engine keeps FP8 scales in entries of their own; they are no weights.
-        self._state = {name: value for name, value in state_dict.items() if not name.endswith("_extra_state")}
+        weights = {name: value for name, value in state_dict.items() if not name.endswith("_extra_state")}
+        self._state = {name: _without_padding(name, value, architecture) for name, value in weights.items()}
         found = {name: tuple(value.shape) for name, value in self._state.items()}
         families.check_names_and_shapes(families.megatron_shapes(origin.family, architecture), found, "model weights")
         self.architecture = replace(architecture, vocab_size=architecture.vocab_size - origin.added_rows)
@@ -274,6 +275,14 @@ class HfWeights:
     def _has_trained_mlp_bias(self) -> bool:
         """Megatron has biases on all layers or none: those the source lacked start, and may have stayed, at zero."""
         return any(bool(value.any()) for name, value in self._state.items() if _is_mlp_bias(name))
+
+
+def _without_padding(name: str, tensor: Tensor, architecture: Architecture) -> Tensor:
+    """How many rows pad the vocabulary depends on the layout that the weights were saved in."""
+    if name not in (WORD_EMBEDDINGS, OUTPUT_LAYER) or tensor.dim() != 2:
+        return tensor
+    may_be_padded = len(tensor) % architecture.make_vocab_size_divisible_by == 0
+    return tensor[: architecture.vocab_size] if may_be_padded else tensor
 
 
 def _is_mlp_bias(name: str) -> bool:

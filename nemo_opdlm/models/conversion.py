@@ -140,6 +140,7 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
     """
     source = archive.source if isinstance(archive, Archive) else archive
     known = {field.name: config[field.name] for field in fields(Architecture) if config.get(field.name) is not None}
+    known.pop("make_vocab_size_divisible_by", None)  # belongs to a run: students and teachers need the same
     try:
         arch = Architecture(**known)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:

@@ -47,7 +47,7 @@ def plan_run(config: Config) -> RunPlan:
     validate_architecture(config, student)
     teacher = student
     if model.teacher_path != model.restore_from_path:
-        teacher = checkpoint_architecture(str(model.teacher_path), model.tokenizer.type)
+        teacher = _checkpoint_architecture(model, str(model.teacher_path))
         validate_layout(config, teacher, model.teacher_path)
     fused_adam = any(importlib.util.find_spec(name) is not None for name in ("transformer_engine", "amp_C"))
     on_gpu = config.trainer.accelerator != "cpu"
@@ -58,7 +58,7 @@ def plan_run(config: Config) -> RunPlan:
 def _student(config: Config) -> Architecture:
     model = config.model
     if model.restore_from_path is not None:
-        return checkpoint_architecture(model.restore_from_path, model.tokenizer.type)
+        return _checkpoint_architecture(model, model.restore_from_path)
     described = Architecture.from_keys(vars(model))
     if described is None:
         raise ValueError(
@@ -66,6 +66,10 @@ def _student(config: Config) -> Architecture:
             "e.g. model=qwen3_4b"
         )
     return described
+
+
+def _checkpoint_architecture(model: ModelConfig, path: str) -> Architecture:
+    return checkpoint_architecture(path, model.tokenizer.type).padded_to(model.make_vocab_size_divisible_by)
 
 
 def plan_memory(

@@ -154,7 +154,7 @@ def _check_layout_early(config: Config) -> None:
 def _read_inputs(config: Config, archive: Archive, teacher: Archive) -> Inputs:
     """Read settings, tokenizer and prompts, and check the layout against both networks."""
     check_class(archive)
-    arch = archive_architecture(archive, archive.config)
+    arch = archive_architecture(archive, archive.config).padded_to(config.model.make_vocab_size_divisible_by)
     validate_architecture(config, arch)
     _check_teacher(config, arch, teacher)
     config = _with_archive(config, archive, arch)
@@ -286,7 +286,7 @@ def _model_config(inputs: Inputs) -> DictConfig:
 
 def _teacher(config: Config, model: OPDLMModel, archive: Archive) -> Teacher:
     """The frozen AR model: ``kd_teacher_restore_from_path``, by default the weights that the student starts from."""
-    arch = archive_architecture(archive, archive.config)
+    arch = archive_architecture(archive, archive.config).padded_to(model.arch.make_vocab_size_divisible_by)
     options = teacher_options(config.model, model.options)
     teacher = Teacher(arch, model.parallel, options, teacher_rows(config.model), config.model.opdlm.pack_to_tokens)
     read_weights(teacher.network, archive)

@@ -116,6 +116,7 @@ def architecture(**changes: Any) -> Architecture:
         "qk_layernorm": True,
         "share_embeddings_and_output_weights": True,
         "init_method_std": 0.2,
+        "make_vocab_size_divisible_by": 1,  # else no tensor-parallel rank but the first would have a token
     }
     return Architecture(**{**shape, **changes})
 
@@ -162,5 +163,12 @@ def load_import(
 ) -> StagedGPT:
     """The network of an imported Hugging Face folder."""
     network = build_model(imported.architecture, parallel, rule, options)
-    network[0].load_state_dict(imported.state_dict, strict=False)
+    fill(network, imported)
     return network
+
+
+def fill(network: StagedGPT, imported: "HfImport") -> None:
+    """Put imported weights into a network; rows that pad its vocabulary keep their random values."""
+    own = network[0].state_dict()
+    for name, value in imported.state_dict.items():
+        own[name][: len(value)] = value

@@ -204,7 +204,7 @@ def write_distributed(
     """
     folder.mkdir(parents=True)
     rows = len(sample.tensors["embedding.word_embeddings.weight"])
-    arch = Architecture(**{**vars(sample.architecture), "vocab_size": rows})
+    arch = Architecture(**{**vars(sample.architecture), "vocab_size": rows, "make_vocab_size_divisible_by": 1})
     network = tiny.random_network(arch, initialize(), AttentionRule.CAUSAL)
     network[0].load_state_dict(sample.tensors, strict=False)
     state = network[0].sharded_state_dict(prefix=prefix, metadata=metadata)

@@ -62,7 +62,7 @@ def test_a_trained_student_is_exported_with_the_weights_it_has(tmp_path: Path) -
     there = ("--input_name_or_path", str(tmp_path / "student.nemo"), "--hf_output_path", str(tmp_path / "hf"))
     assert run_script("convert_nemo_to_hf.py", *there) == 0
     exported = weights(tmp_path / "hf")
-    assert torch.equal(exported["model.embed_tokens.weight"], model.model.head_weight())
+    assert torch.equal(exported["model.embed_tokens.weight"], model.model.head_weight()[: tiny.VOCAB_SIZE])
     back = ("--input_name_or_path", str(tmp_path / "hf"), "--output_path", str(tmp_path / "again.nemo"))
     assert run_script("convert_hf_to_nemo.py", *back) == 0
     again = dict(OPDLMModel.restore_from(str(tmp_path / "again.nemo")).model.named_parameters())

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_opdlm.convert import families
+from nemo_opdlm.convert.families import OUTPUT_LAYER, WORD_EMBEDDINGS
 from nemo_opdlm.convert.hugging_face import HfImport, hf_to_megatron
 from nemo_opdlm.diffusion.layout import row_layout
 from nemo_opdlm.diffusion.masks import AttentionRule
@@ -75,7 +77,7 @@ def problem(
     student_folder, teacher_folder = folder(0), folder(1)
     student, teacher_import = hf_to_megatron(student_folder), hf_to_megatron(teacher_folder)
     teacher = Teacher(teacher_import.architecture, parallel, ModelOptions(), micro_batch_size=2)
-    teacher.network[0].load_state_dict(teacher_import.state_dict, strict=False)
+    tiny.fill(teacher.network, teacher_import)
     trajectory = rollouts(student, parallel)
     states = one_state_per_block(trajectory, tiny.MASK_TOKEN_ID, num_states=NUM_STATES, seed=0, step=1)
     return Problem(student, reference(student_folder), reference(teacher_folder), teacher, trajectory, states, parallel)
@@ -166,7 +168,13 @@ def oracle(problem: Problem, normalization: Normalization, ar_loss_weight: float
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     arch = problem.student.architecture
-    return float(loss), dict(families.to_megatron(lambda name: found[name], problem.student.origin.family, arch))
+    gradients = dict(families.to_megatron(lambda name: found[name], problem.student.origin.family, arch))
+    # What pads the vocabulary has none.
+    padding = (0, 0, 0, arch.padded_vocab_size(1) - arch.vocab_size)
+    assert padding[-1] > 0
+    for name in {WORD_EMBEDDINGS, OUTPUT_LAYER} & gradients.keys():
+        gradients[name] = F.pad(gradients[name], padding)
+    return float(loss), gradients
 
 
 # -- our way --
@@ -265,7 +273,9 @@ def test_teacher_targets_are_plain_causal_log_probs_shifted_by_one(problem: Prob
         start, length = int(trajectory.prompt_len[row]), int(trajectory.response_len[row])
         positions = torch.arange(start, start + length)
         found = log_probs[index.rows(torch.full_like(positions, row), positions)]
-        torch.testing.assert_close(found, teacher_log_probs(problem, row)[positions - 1].float(), atol=1e-5, rtol=0)
+        expected = teacher_log_probs(problem, row)[positions - 1].float()
+        torch.testing.assert_close(found[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
+        assert (found[:, expected.shape[1] :] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("normalization", list(Normalization))

@@ -350,6 +350,27 @@ def test_a_trained_student_is_its_own_teacher_for_nobody(
     assert named.teacher is not None
 
 
+def test_rows_that_pad_the_vocabulary_change_nothing(
+    trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    padded, log_dir = trained
+    plain = run(tmp_path / "plain", *TINY, *inputs, "model.make_vocab_size_divisible_by=1")
+    assert plain.teacher is not None
+    for network, rows in (
+        (padded.model, 128),
+        (plain.model, tiny.VOCAB_SIZE),
+        (plain.teacher.network, tiny.VOCAB_SIZE),
+    ):
+        assert len(network.head_weight()) == rows
+    assert not padded.model.head_weight()[tiny.VOCAB_SIZE :].any()
+    for row, expected in zip(read_metrics(tmp_path / "plain"), read_metrics(log_dir), strict=True):
+        for key in ("train/loss", "train/grad_norm", "val_loss", "generated_tokens"):
+            assert row.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=1e-5), key
+    plain.save_to(str(tmp_path / "plain.nemo"))
+    restored = OPDLMModel.restore_from(str(tmp_path / "plain.nemo"))
+    assert torch.equal(restored.model.head_weight()[: tiny.VOCAB_SIZE], plain.model.head_weight())
+
+
 def test_a_trained_archive_trains_on_against_the_teacher_it_came_from(
     trained: tuple[OPDLMModel, Path], inputs: tuple[str, ...], tmp_path: Path
 ) -> None:

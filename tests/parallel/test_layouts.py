@@ -116,7 +116,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Heads of their own; norms of queries and keys in Qwen3, biases in Qwen2."""
     folder = tmp_path_factory.mktemp(request.param)
     # Qwen2's single group of keys and values could not be split in two.
-    hf = tiny.write_hf_folder(folder / "hf", request.param, num_key_value_heads=2)
+    # Both tensor-parallel ranks have tokens, the last one padding too.
+    hf = tiny.write_hf_folder(folder / "hf", request.param, num_key_value_heads=2, vocab_size=248)
     archive = str(folder / "model.nemo")
     convert_hf_to_nemo(hf, archive)
     prompts = training_runs.write_prompts(folder / "prompts.jsonl")

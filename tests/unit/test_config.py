@@ -474,6 +474,7 @@ def test_a_precision_of_32_may_be_a_number(files: dict[str, str]) -> None:
         ({"kv_channels": 63}, "kv_channels=63 must be even"),
         ({"hidden_size": 1000, "kv_channels": None, "num_query_groups": None}, "hidden_size=1000"),
         ({"layernorm_epsilon": 0.0}, "layernorm_epsilon=0.0"),
+        ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by=0"),
     ],
 )
 def test_an_impossible_architecture_is_refused(change: dict[str, Any], expected: str) -> None:
@@ -484,7 +485,8 @@ def test_an_impossible_architecture_is_refused(change: dict[str, Any], expected:
 def test_derived_fields_and_vocabulary_padding() -> None:
     arch = replace(QWEN3_0_6B, kv_channels=None, num_query_groups=None)
     assert (arch.kv_channels, arch.num_query_groups) == (64, 16)
-    assert [QWEN3_0_6B.padded_vocab_size(tp) for tp in (1, 2, 3, 7)] == [151936, 151936, 151938, 151942]
+    assert [QWEN3_0_6B.padded_vocab_size(tp) for tp in (1, 2, 3, 7)] == [151936, 152064, 152064, 152320]
+    assert replace(QWEN3_0_6B, vocab_size=151937, make_vocab_size_divisible_by=1).padded_vocab_size(2) == 151938
 
 
 @pytest.mark.parametrize(
