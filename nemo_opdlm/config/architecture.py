@@ -1,9 +1,12 @@
-"""What the network is, as opposed to how it is held or trained."""
+"""What the network is, as opposed to how it is held or trained; only how its vocabulary is padded is a matter of a run."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
+
+#: An archive may not make a network of any size it likes.
+LARGEST_DIVISOR = 2**16
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Architecture:
                 _check_count(field.name, value)
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name}={value!r} must be true or false")
+        if self.make_vocab_size_divisible_by > LARGEST_DIVISOR:
+            raise ValueError(
+                f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at most {LARGEST_DIVISOR}"
+            )
         for name in ("layernorm_epsilon", "rotary_base", "init_method_std"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

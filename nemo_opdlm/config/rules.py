@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nemo_opdlm.config.architecture import LARGEST_DIVISOR
+
 _MAX_BLOCK_SIZE = 64
 _DURATION = re.compile(r"[0-9]{1,5}:[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
@@ -32,6 +34,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.pipeline_model_parallel_size": (lambda v: v >= 1, "at least 1"),
     "model.virtual_pipeline_model_parallel_size": (lambda v: v >= 2, "at least 2, or null"),
     "model.context_parallel_size": (lambda v: v >= 1, "at least 1"),
+    "model.make_vocab_size_divisible_by": (
+        lambda v: 1 <= v <= LARGEST_DIVISOR,
+        f"1 to {LARGEST_DIVISOR}, or null",
+    ),
     "model.distributed_timeout_minutes": (lambda v: v > 0, "above 0"),
     "model.log_samples_every_n_steps": (lambda v: v >= 1, "at least 1 optimizer step, or null"),
     "model.num_logged_samples": (lambda v: v >= 1, "at least 1"),

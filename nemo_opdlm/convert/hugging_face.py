@@ -278,11 +278,9 @@ class HfWeights:
 
 
 def _without_padding(name: str, tensor: Tensor, architecture: Architecture) -> Tensor:
-    """How many rows pad the vocabulary depends on the layout that the weights were saved in."""
-    if name not in (WORD_EMBEDDINGS, OUTPUT_LAYER) or tensor.dim() != 2:
-        return tensor
-    may_be_padded = len(tensor) % architecture.make_vocab_size_divisible_by == 0
-    return tensor[: architecture.vocab_size] if may_be_padded else tensor
+    """A weight of a whole network, whose embedding and head may be padded."""
+    is_padded = name in (WORD_EMBEDDINGS, OUTPUT_LAYER) and tensor.shape[:1] == (architecture.padded_vocab_size(1),)
+    return tensor[: architecture.vocab_size] if is_padded else tensor
 
 
 def _is_mlp_bias(name: str) -> bool:

@@ -29,7 +29,7 @@ class ShardedModule(Protocol):
     """What a LightningModule offers so that this strategy can save and load it.
 
     Attributes:
-        vocab_size: true rows of the vocabulary; embedding and head may be padded to more for the layout.
+        vocab_size: true rows of the vocabulary; embedding and head may be padded to more.
     """
 
     vocab_size: int

@@ -140,9 +140,9 @@ def archive_architecture(archive: Archive | Path, config: dict[str, object]) -> 
     """
     source = archive.source if isinstance(archive, Archive) else archive
     known = {field.name: config[field.name] for field in fields(Architecture) if config.get(field.name) is not None}
-    known.pop("make_vocab_size_divisible_by", None)  # belongs to a run: students and teachers need the same
     try:
-        arch = Architecture(**known)  # type: ignore[arg-type]
+        # Padding is a matter of the run that reads the archive: its student and its teacher need the same.
+        arch = Architecture(**known).padded_to(Architecture.make_vocab_size_divisible_by)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ArchiveError(f"{source}: model_config.yaml describes no network: {one_line(error)}") from error
     stored = archive.stored_values if isinstance(archive, Archive) else None

@@ -16,7 +16,7 @@ def forward_flops(arch: Architecture, work: Sequence[float]) -> float:
 
     ``2 * (layers * (weights of a layer * tokens + 2 * width of all query heads * pairs) + vocabulary * hidden * logits)``:
     a multiplication and an addition for each weight that a token meets, and for each element of a query in the score and in
-    the weighted value of each pair. Norms, rotations, softmax and the embedding are left out.
+    the weighted value of each pair. Norms, rotations, softmax, the embedding and what pads the vocabulary are left out.
 
     torch's `FlopCounterMode` counts the same products of a training step but for some it has no formula for: those added in
     place (`addmm_`), as the gradient of the head is, and attention on a CPU. Attention elsewhere it counts with hidden pairs.

@@ -311,7 +311,7 @@ class OPDLMModel(ModelPT):
 
     @property
     def vocab_size(self) -> int:
-        """True rows of the vocabulary, before padding for tensor parallelism."""
+        """True rows of the vocabulary, before padding."""
         return self.arch.vocab_size
 
     def sharded_state_dict(self, include_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:

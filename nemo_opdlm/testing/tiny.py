@@ -169,6 +169,10 @@ def load_import(
 
 def fill(network: StagedGPT, imported: "HfImport") -> None:
     """Put imported weights into a network; rows that pad its vocabulary keep their random values."""
+    from nemo_opdlm.convert.families import OUTPUT_LAYER, WORD_EMBEDDINGS
+
     own = network[0].state_dict()
     for name, value in imported.state_dict.items():
-        own[name][: len(value)] = value
+        true = own[name][: len(value)] if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) else own[name]
+        assert true.shape == value.shape, name
+        true.copy_(value)

@@ -18,7 +18,9 @@ def read_in_parts(path: Path, output: Path) -> None:
     context = parallel.initialize(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with ExitStack() as stack:
         archive = on_rank_zero(lambda: stack.enter_context(open_checkpoint(path)))
-        model = build_model(archive_architecture(archive, archive.config), context, AttentionRule.CAUSAL)
+        # With more padding the second tensor-parallel rank would have no token.
+        arch = archive_architecture(archive, archive.config).padded_to(1)
+        model = build_model(arch, context, AttentionRule.CAUSAL)
         read_weights(model, archive)
         on_every_rank(lambda: None)
     save_sharded(output, model.sharded_weights(PREFIX))

@@ -88,6 +88,8 @@ def write_bad_archives(folder: Path, good: Path) -> None:
     repack(good, folder / "no_tokenizer.nemo", leave_out="tokenizer.json")
     repack(good, folder / "other_class.nemo", replace=("opdlm_model.OPDLMModel", "nemo_asr.ConformerModel"))
     repack(good, folder / "no_layers.nemo", replace=("num_layers: 2", "num_layers: 0"))
+    padding = "make_vocab_size_divisible_by: 128"
+    repack(good, folder / "padding.nemo", replace=(padding, padding + "000000"))
     repack(good, folder / "student.nemo", replace=("num_layers: 2", "num_layers: 2\noptim: {}"))
     repack(good, folder / "wrong_shape.nemo", replace=("ffn_hidden_size: 24", "ffn_hidden_size: 32"))
     with tarfile.open(folder / "outside.nemo", "w") as tar:
@@ -175,6 +177,10 @@ TRAIN: dict[str, tuple[tuple[str, ...], str]] = {
     "no-tokenizer": (("model.restore_from_path={folder}/no_tokenizer.nemo",), r"no_tokenizer\.nemo: .*tokenizer\.json"),
     "other-class": (("model.restore_from_path={folder}/other_class.nemo",), r"other_class\.nemo: .*ConformerModel"),
     "no-layers": (("model.restore_from_path={folder}/no_layers.nemo",), r"no_layers\.nemo: .*num_layers=0"),
+    "padding": (
+        ("model.restore_from_path={folder}/padding.nemo",),
+        r"padding\.nemo: .*_by=128000000 must be at most 65536",
+    ),
     "wrong-shape": (("model.restore_from_path={folder}/wrong_shape.nemo",), r"wrong_shape\.nemo.*linear_fc1.*shape"),
     "member-outside": (
         ("model.restore_from_path={folder}/outside.nemo",),

@@ -100,6 +100,18 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert without_measured(found) == without_measured(rows)
 
 
+def test_a_run_goes_on_with_another_padding_of_its_vocabulary(
+    uninterrupted: tuple[dict[str, Any], list[dict[str, Any]]], archive: str, tmp_path: Path
+) -> None:
+    """True rows and their moments are found again; products of other widths may round otherwise."""
+    run(tmp_path, *QUICKSTART, archive, "trainer.max_steps=3")
+    resumed = run(tmp_path, *QUICKSTART, archive, "trainer.max_steps=4", "model.make_vocab_size_divisible_by=1")
+    assert resumed.model.head_weight().shape[0] == resumed.vocab_size == 1025
+    found, expected = read_metrics(tmp_path)[-1], uninterrupted[1][3]
+    for name in ("global_step", "train/loss", "train/grad_norm", "train/lr"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
 @pytest.mark.parametrize("first_leg", [2, 3])
 def test_the_second_pass_over_a_rollout_batch_is_resumed_bitwise(first_leg: int, archive: str, tmp_path: Path) -> None:
     """After 2 updates the pass is due, after 3 it is half done; each pass trains states of its own."""

@@ -225,6 +225,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("trainer.max_steps", -1, "at least 1"),
     ("trainer.max_time", "4h", "DD:HH:MM:SS"),
     ("trainer.devices", 0, "at least 1"),
+    ("model.make_vocab_size_divisible_by", 0, "1 to 65536"),
     # one possible value, or not available
     ("trainer.logger", True, "exp_manager"),
     ("trainer.accumulate_grad_batches", 2, "model.global_batch_size"),
@@ -475,6 +476,7 @@ def test_a_precision_of_32_may_be_a_number(files: dict[str, str]) -> None:
         ({"hidden_size": 1000, "kv_channels": None, "num_query_groups": None}, "hidden_size=1000"),
         ({"layernorm_epsilon": 0.0}, "layernorm_epsilon=0.0"),
         ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by=0"),
+        ({"make_vocab_size_divisible_by": 10**9}, "make_vocab_size_divisible_by=1000000000 must be at most 65536"),
     ],
 )
 def test_an_impossible_architecture_is_refused(change: dict[str, Any], expected: str) -> None:
