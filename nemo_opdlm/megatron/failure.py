@@ -60,7 +60,8 @@ class _Watch:
         self._store = store
         self._message: str | None = None
         self._has_ended = threading.Event()
-        threading.Thread(target=self._look, name="nemo_opdlm failures", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="nemo_opdlm failures", daemon=True)
+        self._thread.start()
 
     def tell(self, message: str) -> None:
         """Leave word. The first failure is the cause, later ones follow from it."""
@@ -76,8 +77,12 @@ class _Watch:
         return self._message
 
     def stop(self) -> None:
-        """Look no longer."""
+        """Look no longer.
+
+        A process that ends while its thread asks the store would be aborted: Python stops a daemon within torch.
+        """
         self._has_ended.set()
+        self._thread.join(_LINGER_SECONDS)
 
     def _look(self) -> None:
         while not self._has_ended.wait(_POLL_SECONDS):
